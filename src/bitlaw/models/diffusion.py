@@ -1,0 +1,306 @@
+"""Gaussian diffusion in discrete time: schedules, respacing, DDIM and DDPM steps, training losses.
+
+Equations as in Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (learned variance, cosine
+schedule, respacing) and Salimans & Ho 2022 (v prediction). Tables are float64.
+
+`index` counts the steps of the (respaced) process, 0 is the least noisy; `timesteps[index]` is what the network gets.
+abar is the cumulative product of 1 - beta.
+
+Legend: B images, C channels, H height, W width; the output of a network that learns its variance has 2 C channels.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["linear", "squaredcos_cap_v2"]
+PredictionType = Literal["epsilon", "v"]
+Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+
+
+class Posterior(NamedTuple):
+    """p(x_{k-1} | x_k): mean and log variance, and the x_0 they follow from."""
+
+    mean_BCHW: Tensor
+    log_variance_BCHW: Tensor
+    x0_BCHW: Tensor
+
+
+class Losses(NamedTuple):
+    """Training losses of each image (B,): mean squared error, and the variational bound in bits (None: fixed variance)."""
+
+    mse_B: Tensor
+    vb_B: Tensor | None
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A diffusion process; the defaults are DiT's.
+
+    schedule: betas, "linear" or "squaredcos_cap_v2" (cosine)
+    prediction: what the network gives, the noise ("epsilon") or v = sqrt(abar) noise - sqrt(1 - abar) x_0 ("v")
+    variance: of the DDPM posterior: learned between two bounds, or fixed at the lower (small) or upper (large) one
+    respacing: which steps are kept, see `kept_timesteps`
+    """
+
+    num_timesteps: int = 1000
+    schedule: Schedule = "linear"
+    prediction: PredictionType = "epsilon"
+    variance: Variance = "learned_range"
+    respacing: str = ""
+
+    def __post_init__(self) -> None:
+        for field, value, known in (
+            ("schedule", self.schedule, ("linear", "squaredcos_cap_v2")),
+            ("prediction", self.prediction, ("epsilon", "v")),
+            ("variance", self.variance, ("learned_range", "fixed_small", "fixed_large")),
+        ):
+            if value not in known:
+                raise ValueError(f"diffusion {field} '{value}': must be one of {', '.join(known)}")
+
+    # ---- tables, one float64 number for each step -----------------------------------------------
+
+    def respaced(self, respacing: str) -> "Diffusion":
+        """The same process on fewer steps, with its tables at hand."""
+        return _respaced(self, respacing)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the respaced process."""
+        return len(self.timesteps)
+
+    @cached_property
+    def timesteps(self) -> list[int]:
+        """Original timestep of every index, ascending."""
+        return kept_timesteps(self.num_timesteps, self.respacing)
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """1 - abar[k] / abar[k - 1]."""
+        full = betas_of(self.schedule, self.num_timesteps)
+        if not self.respacing:
+            return full
+        abar = (1 - full).cumprod(0)[self.timesteps]
+        return 1 - abar / _shifted(abar)
+
+    @cached_property
+    def abar(self) -> Tensor:
+        """Share of the signal's variance that is left."""
+        return (1 - self.betas).cumprod(0)
+
+    @cached_property
+    def abar_previous(self) -> Tensor:
+        """abar one step less noisy; 1 at index 0."""
+        return _shifted(self.abar)
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_{k-1} | x_k, x_0)."""
+        return self.betas * (1 - self.abar_previous) / (1 - self.abar)
+
+    @cached_property
+    def posterior_log_variance(self) -> Tensor:
+        """Its logarithm; that at index 0, which would be -inf, is that of index 1."""
+        variance = self.posterior_variance
+        if len(variance) < 2:
+            raise ValueError("a process of one step has no posterior variance: sample it with DDIM, or keep more steps")
+        return torch.cat([variance[1:2], variance[1:]]).log()
+
+    @cached_property
+    def posterior_x0_weight(self) -> Tensor:
+        """Weight of x_0 in the mean of q(x_{k-1} | x_k, x_0)."""
+        return self.betas * self.abar_previous.sqrt() / (1 - self.abar)
+
+    @cached_property
+    def posterior_x_weight(self) -> Tensor:
+        """Weight of x_k in that mean."""
+        return (1 - self.abar_previous) * (1 - self.betas).sqrt() / (1 - self.abar)
+
+    # ---- forward process and training -------------------------------------------------------------
+
+    def add_noise(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
+        """x_k = sqrt(abar) x_0 + sqrt(1 - abar) noise."""
+        abar = self._at(self.abar, index, x0_BCHW)
+        return _sqrt(abar) * x0_BCHW + _sqrt(1 - abar) * noise_BCHW
+
+    def target(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
+        """What the network should give."""
+        if self.prediction == "epsilon":
+            return noise_BCHW
+        abar = self._at(self.abar, index, x0_BCHW)
+        return _sqrt(abar) * noise_BCHW - _sqrt(1 - abar) * x0_BCHW
+
+    def losses(self, output_BCHW: Tensor, x0_BCHW: Tensor, index_B: Tensor, noise_BCHW: Tensor) -> Losses:
+        """Losses of each image; the bound's gradient reaches the variance channels only (Nichol & Dhariwal eq. 16)."""
+        channels = x0_BCHW.shape[1]
+        target = self.target(x0_BCHW, index_B, noise_BCHW)
+        mse_B = (output_BCHW[:, :channels] - target).square().flatten(1).mean(1)
+        if self.variance != "learned_range":
+            return Losses(mse_B, None)
+        frozen = torch.cat([output_BCHW[:, :channels].detach(), output_BCHW[:, channels:]], 1)
+        return Losses(mse_B, self._variational_bound(frozen, x0_BCHW, index_B, noise_BCHW))
+
+    def _variational_bound(self, output_BCHW: Tensor, x0_BCHW: Tensor, index_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.add_noise(x0_BCHW, index_B, noise_BCHW)
+        model = self.posterior(x_BCHW, output_BCHW, index_B)
+        true_mean = self._posterior_mean(x0_BCHW, x_BCHW, index_B)
+        true_log_variance = self._at(self.posterior_log_variance, index_B, x0_BCHW)
+        kl = 0.5 * (
+            model.log_variance_BCHW
+            - true_log_variance
+            - 1
+            + torch.exp(true_log_variance - model.log_variance_BCHW)
+            + (true_mean - model.mean_BCHW).square() * torch.exp(-model.log_variance_BCHW)
+        )
+        nll = -_discretized_log_likelihood(x0_BCHW, model.mean_BCHW, 0.5 * model.log_variance_BCHW)
+        return torch.where(index_B == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+    # ---- reverse process ----------------------------------------------------------------------------
+
+    def predict_x0(self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int) -> Tensor:
+        """x_0 as the network's output (its first C channels) implies."""
+        abar = self._at(self.abar, index, x_BCHW)
+        prediction = output_BCHW[:, : x_BCHW.shape[1]]
+        if self.prediction == "v":
+            return _sqrt(abar) * x_BCHW - _sqrt(1 - abar) * prediction
+        return _sqrt(1 / abar) * x_BCHW - _sqrt(1 / abar - 1) * prediction
+
+    def posterior(
+        self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int, *, clip: bool = False
+    ) -> Posterior:
+        """p(x_{k-1} | x_k). `clip` limits x_0 to [-1, 1], for models of pixels."""
+        x0 = self.predict_x0(x_BCHW, output_BCHW, index)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        low = self._at(self.posterior_log_variance, index, x_BCHW)
+        if self.variance == "fixed_small":
+            log_variance = torch.zeros_like(x0) + low
+        else:
+            high = self._at(self.betas, index, x_BCHW)
+            high = high.log() if isinstance(high, Tensor) else math.log(high)
+            fraction = 1.0
+            if self.variance == "learned_range":
+                fraction = (output_BCHW[:, x_BCHW.shape[1] :] + 1) / 2
+            log_variance = torch.zeros_like(x0) + fraction * high + (1 - fraction) * low
+        return Posterior(self._posterior_mean(x0, x_BCHW, index), log_variance, x0)
+
+    def ddpm_step(
+        self, x_BCHW: Tensor, output_BCHW: Tensor, index: int, noise_BCHW: Tensor | None, *, clip: bool = False
+    ) -> Tensor:
+        """x_{k-1} drawn from p(x_{k-1} | x_k); the mean at index 0."""
+        posterior = self.posterior(x_BCHW, output_BCHW, index, clip=clip)
+        if index == 0:
+            return posterior.mean_BCHW
+        if noise_BCHW is None:
+            raise ValueError("a DDPM step needs noise")
+        return posterior.mean_BCHW + torch.exp(0.5 * posterior.log_variance_BCHW) * noise_BCHW
+
+    def ddim_step(
+        self,
+        x_BCHW: Tensor,
+        output_BCHW: Tensor,
+        index: int,
+        eta: float = 0.0,
+        noise_BCHW: Tensor | None = None,
+    ) -> Tensor:
+        """x_{k-1} by DDIM (Song et al. eq. 12): deterministic at eta = 0; at eta = 1 it needs noise, as DDPM does."""
+        abar, previous = float(self.abar[index]), float(self.abar_previous[index])
+        x0 = self.predict_x0(x_BCHW, output_BCHW, index)
+        if self.prediction == "v":
+            noise = math.sqrt(abar) * output_BCHW[:, : x_BCHW.shape[1]] + math.sqrt(1 - abar) * x_BCHW
+        else:
+            noise = output_BCHW[:, : x_BCHW.shape[1]]
+        sigma = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+        x = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - sigma * sigma, 0.0)) * noise
+        if sigma == 0 or index == 0:
+            return x
+        if noise_BCHW is None:
+            raise ValueError(f"DDIM with eta {eta} needs noise")
+        return x + sigma * noise_BCHW
+
+    def _posterior_mean(self, x0_BCHW: Tensor, x_BCHW: Tensor, index: Tensor | int) -> Tensor:
+        x0_weight = self._at(self.posterior_x0_weight, index, x_BCHW)
+        return x0_weight * x0_BCHW + self._at(self.posterior_x_weight, index, x_BCHW) * x_BCHW
+
+    @staticmethod
+    def _at(table: Tensor, index: Tensor | int, like_BCHW: Tensor) -> "Tensor | float":
+        """Entry of a table: a number for one index, float64 numbers that broadcast for an index of each image."""
+        if isinstance(index, int):
+            return float(table[index])
+        return table.to(index.device)[index].view(-1, *[1] * (like_BCHW.dim() - 1)).to(like_BCHW.dtype)
+
+
+@lru_cache(maxsize=64)
+def _respaced(process: Diffusion, respacing: str) -> Diffusion:
+    return replace(process, respacing=respacing)
+
+
+def betas_of(schedule: Schedule, num_timesteps: int) -> Tensor:
+    """Betas of a whole schedule, float64.
+
+    Linear from 1e-4 to 0.02 at 1000 steps (both ends in proportion at another number); cosine: 1 - g((i + 1) / T) / g(i / T), at most 0.999.
+    """
+    if schedule == "linear":
+        factor = 1000 / num_timesteps
+        return torch.linspace(factor * 1e-4, factor * 0.02, num_timesteps, dtype=torch.float64)
+    g = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in zip(g, g[1:])], dtype=torch.float64)
+
+
+def kept_timesteps(num_timesteps: int, respacing: str) -> list[int]:
+    """Timesteps that a respacing string keeps, ascending.
+
+    "" keeps all; "ddimK" every s-th from 0 for the smallest stride s that keeps K; "a,b,c" cuts the range into equal
+    sections and keeps a, b, c evenly spaced steps of them, both ends included. Raises ValueError if that is impossible.
+    """
+    if respacing == "":
+        return list(range(num_timesteps))
+    if respacing.startswith("ddim"):
+        count = int(respacing.removeprefix("ddim"))
+        for stride in range(1, num_timesteps):
+            if len(range(0, num_timesteps, stride)) == count:
+                return list(range(0, num_timesteps, stride))
+        raise ValueError(f"respacing '{respacing}': no stride keeps {count} of {num_timesteps} steps")
+    counts = [int(part) for part in respacing.split(",")]
+    size, longer = divmod(num_timesteps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        length = size + (section < longer)
+        if not 1 <= count <= length:
+            raise ValueError(f"respacing '{respacing}': cannot keep {count} of a section of {length} steps")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0                      # summed and rounded half to even, as the official processes were
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += length
+    return kept
+
+
+def _shifted(abar: Tensor) -> Tensor:
+    return torch.cat([abar.new_ones(1), abar[:-1]])
+
+
+def _sqrt(x: "Tensor | float") -> "Tensor | float":
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability of bytes (bins of half width 1/255 in [-1, 1], open at the ends) under a Gaussian.
+
+    The normal distribution function is the tanh approximation that DDPM's code uses.
+    """
+
+    def normal_cdf(u: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
+    above = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
+    below = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
+    inside = (above - below).clamp(min=1e-12).log()
+    lower_end, upper_end = above.clamp(min=1e-12).log(), (1 - below).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, lower_end, torch.where(x > 0.999, upper_end, inside))

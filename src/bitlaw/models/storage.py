@@ -1,0 +1,113 @@
+"""Checkpoints as directories: config.json, model.safetensors and, for what quantization adds, bitlaw.json.
+
+A directory appears under its name only when it is complete. What is read is checked before it is used, and an error
+names the file and the tensor.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitlaw.files import replacing_directory, write_json
+
+CONFIG_FILE, TENSORS_FILE, QUANTIZATION_FILE = "config.json", "model.safetensors", "bitlaw.json"
+
+
+class Checkpoint(NamedTuple):
+    """What a directory holds; `quantization` is None for a model that is not quantized."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    quantization: dict[str, Any] | None = None
+
+
+def write_checkpoint(
+    directory: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, atomically; an older one of that name is replaced."""
+    with replacing_directory(directory) as temporary:
+        write_json(temporary / CONFIG_FILE, dict(config))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS_FILE)
+        if quantization is not None:
+            write_json(temporary / QUANTIZATION_FILE, dict(quantization))
+
+
+def read_checkpoint(directory: Path | str) -> Checkpoint:
+    """Read a checkpoint. Raises ValueError, naming the file, if one is missing, damaged or truncated."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such checkpoint directory")
+    quantization = directory / QUANTIZATION_FILE
+    return Checkpoint(
+        read_json(directory / CONFIG_FILE),
+        read_tensors(directory / TENSORS_FILE),
+        read_json(quantization) if quantization.exists() else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, so {path.parent} is not a checkpoint") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged, a JSON object was expected")
+    return value
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ValueError naming the file and any tensor with NaN or Inf."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated ({error})") from error
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: NaN or Inf in {', '.join(broken)}")
+    return tensors
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str, ignore: Collection[str] = ()) -> None:
+    """Fill a module from tensors of any float type; ValueError names every tensor that is missing, unknown or misshapen.
+
+    `what` tells the reader which network it is; names that end in one of `ignore` are passed over.
+    """
+    own = module.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(tuple(ignore))}
+    problems = [f"{name}: missing" for name in own if name not in given]
+    problems += [f"{name}: unknown" for name in given if name not in own]
+    problems += [
+        f"{name}: shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    problems += [f"{name}: NaN or Inf" for name in given if name in own and not given[name].isfinite().all()]
+    if problems:
+        raise ValueError(f"{what}: these tensors do not fit its configuration\n  " + "\n  ".join(problems))
+    module.load_state_dict({name: given[name].to(torch.float32) for name in own})
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that start with `prefix`."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def split_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors whose names start with `prefix`, without it, and the others."""
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return inside, {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}

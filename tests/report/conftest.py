@@ -1,0 +1,144 @@
+"""A made-up study with known laws, and a Chromium to look at its report with."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+SIZES = {"xs": (2, 48), "s": (3, 64), "m": (4, 96), "l": (6, 128)}
+PRECISIONS = ("W16A16", "W8A16", "W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4", "We2m1A16")
+WEIGHT_BITS = {"W16": 16, "W8": 8, "W4": 4, "W3": 3, "W2": 2, "We2m1": 4}
+DAMAGE = {"W16": 1.0, "W8": 1.005, "W4": 1.07, "W3": 1.3, "W2": 2.4, "We2m1": 1.05}
+TILE = 24
+
+
+def strip_png(rng: np.random.Generator, noise: float) -> bytes:
+    """12 x 2 tiles with the same shapes in every cell; `noise` is what quantization did to them."""
+    picture = Image.new("RGB", (12 * TILE, 2 * TILE))
+    draw = ImageDraw.Draw(picture)
+    for i in range(24):
+        x, y = (i % 12) * TILE, (i // 12) * TILE
+        hue = (i * 47) % 255
+        tile = Image.new("HSV", (TILE, TILE), (hue, 90, 190)).convert("RGB")
+        picture.paste(tile, (x, y))
+        draw.regular_polygon((x + 12, y + 12, 8), 3 + i % 12 % 6, fill=f"hsv({(hue + 140) % 255}, 80%, 90%)")
+    pixels = np.asarray(picture, np.float64) + rng.normal(0, noise, (2 * TILE, 12 * TILE, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_study(path: Path, *, failed: tuple[str, ...] = (), seeds: tuple[int, ...] = (0,)) -> Path:
+    """A study directory of 8 models x 9 precisions whose FD follows a power law in parameters and damage.
+
+    failed: stems of cells that end in an error
+    """
+    rng = np.random.default_rng(0)
+    cells_dir, samples_dir = path / "cells", path / "samples"
+    cells_dir.mkdir(parents=True)
+    samples_dir.mkdir()
+    configs = []
+    for family in ("var", "dit"):
+        for size, (depth, width) in SIZES.items():
+            for precision in PRECISIONS:
+                for seed in seeds:
+                    record = made_up_record(rng, family, size, depth, width, precision, seed)
+                    config = record["config"]
+                    configs.append({k: v for k, v in config.items() if k not in ("family", "size")})
+                    stem = f"{family}-{size}--{precision}--rtn--s{seed}"
+                    if stem in failed:
+                        record.update(metrics={}, bits={}, error="ValueError: blocks.0.attn.qkv: NaN in <weights> & more")
+                    else:
+                        noise = 6 * (DAMAGE[precision.split("A")[0]] - 1) * 10
+                        (samples_dir / f"{stem}.png").write_bytes(strip_png(rng, noise))
+                    (cells_dir / f"{stem}.json").write_text(json.dumps(record))
+    study = {
+        "name": "The ladder",
+        "created": "2026-11-21T09:00:00+00:00",
+        "description": "Two families at four sizes, quantized with min-max rounding at nine precisions.",
+        "protocol": {
+            "num_images": 2500,
+            "seeds": list(seeds),
+            "features": {"name": "ladder", "fingerprint": "9f3c2a71"},
+            "guidance": {"var": 2.0, "dit": 2.0},
+            "steps": {"var": 5, "dit": 20},
+            "sampler": {"var": "gumbel", "dit": "ddim"},
+            "labels": "balanced",
+            "rounding": "half up",
+            "reference": "ladder, 50000 images",
+        },
+        "cells": configs,
+        "versions": {"bitlaw": "0.1.0", "torch": "2.13.0", "python": "3.11.9"},
+    }
+    (path / "study.json").write_text(json.dumps(study))
+    return path
+
+
+def made_up_record(
+    rng: np.random.Generator, family: str, size: str, depth: int, width: int, precision: str, seed: int
+) -> dict[str, Any]:
+    """One cell's record as the study engine writes it."""
+    weight, activation = precision.split("A")
+    bits_w, bits_a = WEIGHT_BITS[weight], int(activation)
+    block_weights, other_weights = 18 * depth * width**2, 600 * width
+    parameters = block_weights + other_weights
+    code_bits = block_weights * bits_w + other_weights * 16
+    overhead = 0 if bits_w == 16 else depth * 15 * width * 24
+    damage = DAMAGE[weight] * (1 + 0.12 * (bits_a == 4)) * (1 + 0.004 * (bits_a == 8))
+    scale = {"var": (0.9, 0.22), "dit": (0.5, 0.34)}[family]
+    fd = (2.0 + scale[0] * (parameters / 1e7) ** -scale[1] * 3) * damage * float(np.exp(rng.normal(0, 0.006)))
+
+    def score(value: float, relative: float = 0.02) -> dict[str, float]:
+        return {"value": value, "low": value * (1 - relative), "high": value * (1 + relative)}
+
+    uses = {"var": 66, "dit": 180}[family]
+    compute = block_weights * bits_w * bits_a + other_weights * 256
+    return {
+        "config": {
+            "model": f"ladder/{family}-{size}",
+            "precision": precision,
+            "method": "rtn",
+            "seed": seed,
+            "num_images": 2500,
+            "num_validation": 512,
+            "protect": "first-last",
+            "reference": "ladder",
+            "sampling": {},
+            "family": family,
+            "size": size,
+        },
+        "parameters": parameters,
+        "metrics": {
+            "fd": score(fd),
+            "fd_reconstruction": score(fd * 0.8),
+            "sfd": score(fd * 2.1),
+            "is": score(11.5 - fd * 0.3, 0.005),
+            "kid": score(fd * 0.004, 0.1),
+            "precision": score(0.95 - 0.03 * fd, 0.01),
+            "recall": score(0.9 - 0.03 * fd, 0.01),
+            "loss": score(4 * parameters**-0.04 * damage**0.1, 0.003),
+        },
+        "bits": {
+            "model_bits": code_bits + overhead,
+            "model_code_bits": code_bits,
+            "quantized_bits": block_weights * bits_w,
+            "compute_bits": compute,
+            "compute_bits_used": compute * uses,
+        },
+        "protocol": {},
+        "versions": {},
+        "seconds": 3.2 + 1e-6 * parameters,
+        "error": None,
+    }
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete study but for one failed cell."""
+    return write_study(tmp_path_factory.mktemp("study") / "study", failed=("var-l--W2A16--rtn--s0",))
