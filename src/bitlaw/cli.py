@@ -58,7 +58,7 @@ def study(
     report_file: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
 ) -> None:
     """Run a study (default: the built-in ladder), resume it, print the table, write the report."""
-    from bitlaw.scaling.engine import LocalEngine
+    from bitlaw.engine import LocalEngine
     from bitlaw.scaling.sweep import LADDER_STUDY, estimate, missing_cells, open_study, run_study
 
     chosen = LADDER_STUDY if file is None else _read_study(file)
@@ -262,7 +262,12 @@ def models() -> None:
         model = bitlaw.load(name)
         parameters = sum(p.numel() for p in model.net.parameters())
         table.add_row(
-            name, model.family, f"{parameters:,}", str(len(model.sites())), str(model.num_steps), f"{model.image_size} px"
+            name,
+            model.family,
+            f"{parameters:,}",
+            str(len(model.sites())),
+            str(model.num_steps),
+            f"{model.image_size} px",
         )
     out_console.print(table)
 
@@ -313,7 +318,9 @@ def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) ->
 
     bits = count_bits(model)
     if as_json:
-        return json.dumps({"name": name, "family": model.family, "bits": bits.to_json(), "provenance": model.provenance}, indent=2)
+        return json.dumps(
+            {"name": name, "family": model.family, "bits": bits.to_json(), "provenance": model.provenance}, indent=2
+        )
     return f"{name}: {model.family}, {model.num_classes} classes, {model.image_size} px\n{describe_bits(model, bits)}"
 
 

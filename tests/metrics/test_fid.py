@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitlaw.metrics.fid import FeatureStatistics, covariance_factor, frechet_distance, frechet_interval
+from bitlaw.metrics.samples import write_npz
 
 
 def random_features(num_images: int, num_features: int, seed: int) -> Tensor:
@@ -121,11 +122,19 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.count == 55
 
 
+def test_several_statistics_in_one_file(tmp_path: Path) -> None:
+    pooled, spatial = (FeatureStatistics.of(random_features(num, 3, seed=num)) for num in (10, 20))
+    write_npz(tmp_path / "reference.npz", pooled.arrays() | spatial.arrays("_s"))
+    loaded = FeatureStatistics.load(tmp_path / "reference.npz", suffix="_s")
+    assert loaded.count == 20
+    assert torch.equal(loaded.mean_D, spatial.mean_D)
+
+
 def test_reference_batch_of_adm(tmp_path: Path) -> None:
     """`mu_s` and `sigma_s` are the spatial statistics; their count is not in the file."""
     path = tmp_path / "reference.npz"
     np.savez(path, arr_0=np.zeros((1, 2, 2, 3), np.uint8), mu=[0.0], sigma=[[1.0]], mu_s=[5.0, 6.0], sigma_s=np.eye(2))
-    spatial = FeatureStatistics.load(path, spatial=True)
+    spatial = FeatureStatistics.load(path, suffix="_s")
     assert spatial.count is None
     assert spatial.mean_D.tolist() == [5, 6]
     assert FeatureStatistics.load(path).num_features == 1

@@ -2,14 +2,14 @@
 
 import io
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+from bitlaw.scaling.records import Cell
 
 SIZES = {"xs": (2, 48), "s": (3, 64), "m": (4, 96), "l": (6, 128)}
 PRECISIONS = ("W16A16", "W8A16", "W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4", "We2m1A16")
@@ -51,7 +51,7 @@ def write_study(path: Path, *, failed: tuple[str, ...] = (), seeds: tuple[int, .
                     record = made_up_record(rng, family, size, depth, width, precision, seed)
                     config = record["config"]
                     configs.append({k: v for k, v in config.items() if k not in ("family", "size")})
-                    stem = f"{family}-{size}--{precision}--rtn--s{seed}"
+                    stem = Cell.from_json(config).stem
                     if stem in failed:
                         record.update(metrics={}, bits={}, error="ValueError: blocks.0.attn.qkv: NaN in <weights> & more")
                     else:
@@ -103,12 +103,13 @@ def made_up_record(
         "config": {
             "model": f"ladder/{family}-{size}",
             "precision": precision,
-            "method": "rtn",
+            "method": "none" if precision == "W16A16" else "rtn",
             "seed": seed,
             "num_images": 2500,
             "num_validation": 512,
             "protect": "first-last",
             "reference": "ladder",
+            "features": "ladder",
             "sampling": {},
             "family": family,
             "size": size,

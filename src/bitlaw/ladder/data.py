@@ -31,7 +31,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """The latent factors of a batch; each a tensor (B,). Angles in radians, lengths in half image sides, colours in HSV."""
+    """The latent factors of a batch; each a tensor (B,). Angles in radians, lengths in half image sides, HSV."""
 
     shape: Tensor
     texture: Tensor
@@ -78,7 +78,7 @@ class Factors:
 NUM_CONTINUOUS_FACTORS = 15
 
 
-# ---- shapes: signed distances (negative inside) of points p = (x, y), for a shape of radius about 1 ----------------------
+# ---- shapes: signed distances (negative inside) of points p = (x, y), for a radius of about 1 ------------
 
 
 def _orb(x: Tensor, y: Tensor) -> Tensor:
@@ -155,7 +155,8 @@ def _drop(x: Tensor, y: Tensor) -> Tensor:
 
 
 _PLUS = np.array([(-0.32, -0.95), (0.32, -0.95), (0.32, -0.32), (0.95, -0.32), (0.95, 0.32), (0.32, 0.32),
-                  (0.32, 0.95), (-0.32, 0.95), (-0.32, 0.32), (-0.95, 0.32), (-0.95, -0.32), (-0.32, -0.32)])  # fmt: skip
+                  (0.32, 0.95), (-0.32, 0.95), (-0.32, 0.32), (-0.95, 0.32), (-0.95, -0.32), (-0.32, -0.32)],
+)  # fmt: skip
 _ARROW = np.array([(0.0, -1.0), (0.85, -0.1), (0.34, -0.1), (0.34, 0.9), (-0.34, 0.9), (-0.34, -0.1), (-0.85, -0.1)])
 
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -237,7 +238,9 @@ def render(factors: Factors, image_size: int = IMAGE_SIZE) -> Tensor:
     # Background: a gradient that brightens towards the light, or a horizon with darker ground.
     toward_light = 0.5 + 0.35 * (x_HW * light_x + y_HW * light_y)
     ground = torch.sigmoid((y_HW - per_image(factors.horizon) - per_image(factors.tilt) * x_HW) * 30)
-    brightness = torch.where(per_image(factors.background) == 0, toward_light, (1 - ground) * (0.75 + 0.25 * toward_light))
+    brightness = torch.where(
+        per_image(factors.background) == 0, toward_light, (1 - ground) * (0.75 + 0.25 * toward_light)
+    )
     bright_B3 = _hsv(factors.background_hue, factors.background_saturation, factors.background_value)
     dark_B3 = _hsv(factors.background_hue + 0.05, factors.dark_saturation, factors.dark_value)
     image = _mix(dark_B3, bright_B3, brightness.clamp(0, 1))
@@ -247,7 +250,9 @@ def render(factors: Factors, image_size: int = IMAGE_SIZE) -> Tensor:
     shift = per_image(factors.shadow_distance)
     distance = _distance(factors, x_HW - cx, y_HW - cy)
     shadow_distance = _distance(factors, x_HW - cx + light_x * shift, y_HW - cy + light_y * shift)
-    shadow = torch.sigmoid(-shadow_distance / per_image(factors.shadow_softness) * 2) * per_image(factors.shadow_strength)
+    shadow = torch.sigmoid(-shadow_distance / per_image(factors.shadow_softness) * 2) * per_image(
+        factors.shadow_strength
+    )
     image = image * (1 - shadow[:, None])
 
     # Surface: texture, bevel normals from the distance gradient, Lambert light and half the time a highlight.
@@ -275,7 +280,9 @@ def render(factors: Factors, image_size: int = IMAGE_SIZE) -> Tensor:
     # Blinn's half vector between the light and a viewer straight above.
     half_z = 0.9 / length + 1
     half_length = math.sqrt((1 / length) ** 2 + half_z**2)
-    highlight = ((normal_x * light_x / length + normal_y * light_y / length + half_z * normal_z) / half_length).clamp(0, 1) ** 18
+    highlight = ((normal_x * light_x / length + normal_y * light_y / length + half_z * normal_z) / half_length).clamp(
+        0, 1
+    ) ** 18
     gloss = 0.55 * per_image(factors.glossy) * highlight * lean.clamp_min(0.25)
     surface = surface * (0.35 + 0.75 * lambert)[:, None] + gloss[:, None]
 

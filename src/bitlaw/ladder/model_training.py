@@ -24,12 +24,20 @@ LABEL_DROPOUT = 0.1
 SIZES = {"xs": (2, 48, 2), "s": (3, 64, 2), "m": (4, 96, 3), "l": (6, 128, 4)}  # depth, width, heads
 
 # Learning rates were chosen on the s size and checked on l (experiments/LOG.md).
-VAR_RECIPES = {size: Recipe(steps=steps, lr=lr) for size, steps, lr in (
-    ("xs", 3600, 1e-2), ("s", 3200, 1e-2), ("m", 2600, 6e-3), ("l", 2200, 4e-3))}  # fmt: skip
-DIT_RECIPES = {size: Recipe(steps=steps, lr=lr, batch_size=128) for size, steps, lr in (
-    ("xs", 9000, 1e-2), ("s", 9000, 1e-2), ("m", 9000, 6e-3), ("l", 9000, 4e-3))}  # fmt: skip
+VAR_RECIPES = {
+    "xs": Recipe(steps=3200, lr=1e-2),
+    "s": Recipe(steps=2800, lr=1e-2),
+    "m": Recipe(steps=2400, lr=8e-3),
+    "l": Recipe(steps=2000, lr=6e-3),
+}
+DIT_RECIPES = {
+    "xs": Recipe(steps=8000, lr=1e-2),
+    "s": Recipe(steps=8000, lr=1e-2),
+    "m": Recipe(steps=8000, lr=8e-3),
+    "l": Recipe(steps=8000, lr=6e-3),
+}
 
-# Guidance was chosen for each family on the "guidance" split of the ladder's images, and is the same at every precision.
+# `choose_guidance` replaces the guidance; it is the same for all sizes and precisions of a family.
 VAR_SAMPLING = VARSampling(guidance=1.5, top_k=0, top_p=0.0)
 DIT_SAMPLING = DiTSampling(guidance=1.5, num_steps=20, sampler="ddim", guided_channels=None)
 DIT_PROCESS = Diffusion(schedule="squaredcos_cap_v2", prediction="v", variance="fixed_small")
@@ -136,4 +144,6 @@ def train_dit(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
         return DIT_PROCESS.losses(output, x0, t_B, epsilon).mse_B.mean()
 
     net.load_state_dict(train(name, net, recipe, loss_at, work, report))
-    return DiT(net, TokenizerLatents(tokenizer, scale), DIT_PROCESS, DIT_SAMPLING, image_size=tokenizer.config.image_size)
+    return DiT(
+        net, TokenizerLatents(tokenizer, scale), DIT_PROCESS, DIT_SAMPLING, image_size=tokenizer.config.image_size
+    )

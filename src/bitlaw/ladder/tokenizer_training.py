@@ -40,7 +40,9 @@ class TokenizerTraining(nn.Module):
         quantized, commitment = self._quantize(f, generator, warm=step < 50)
         straight_through = f + (quantized - f).detach()
         spread = f.detach().std() * LATENT_NOISE
-        noisy = f + spread * torch.rand(len(f), 1, 1, 1, generator=generator) * torch.randn(f.shape, generator=generator)
+        noisy = f + spread * torch.rand(len(f), 1, 1, 1, generator=generator) * torch.randn(
+            f.shape, generator=generator
+        )
         num_continuous = int(CONTINUOUS_SHARE * len(f))
         latents = torch.cat([noisy[:num_continuous], straight_through[num_continuous:]])
         return reconstruction_loss(self.tokenizer.decode(latents, clamp=False), x_BCHW) + commitment

@@ -95,7 +95,9 @@ def train(
             group["lr"] = recipe.lr_at(step)
         loss = loss_at(step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}; lower the learning rate {recipe.lr}")
+            raise FloatingPointError(
+                f"{name}: loss is {loss.item()} at step {step}; lower the learning rate {recipe.lr}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
@@ -108,7 +110,9 @@ def train(
         now = time.monotonic()
         if now - last_report > 10 or step == recipe.steps:
             left = (now - wall_start) / (step - first_step) * (recipe.steps - step)
-            report(f"{name}: step {step}/{recipe.steps}  loss {sum(losses) / len(losses):.4f}  {left / 60:.1f} min left")
+            report(
+                f"{name}: step {step}/{recipe.steps}  loss {sum(losses) / len(losses):.4f}  {left / 60:.1f} min left"
+            )
             last_report, losses = now, []
         if now - last_save > SECONDS_BETWEEN_SAVES or step == recipe.steps:
             save()

@@ -20,7 +20,7 @@ from bitlaw.metrics.kid import kernel_distance
 from bitlaw.metrics.precision_recall import precision_recall
 from bitlaw.metrics.protocol import Interval, Protocol, Score
 from bitlaw.metrics.samples import read_npz, read_samples
-from bitlaw.models.generator import ImageGenerator
+from bitlaw.models.generator import ImageGenerator, Noise
 
 LADDER_REFERENCE = "reference.npz"
 RECONSTRUCTION_PREFIX = "reconstruction_"
@@ -112,7 +112,7 @@ def score_images(
         scores[name] = (value, frechet_interval(features_ND, statistics))
 
     add_distance("fd", features.pooled_BD, reference.pooled)
-    if family in reference.reconstructions:
+    if family is not None and family in reference.reconstructions:
         add_distance("fd_reconstruction", features.pooled_BD, reference.reconstructions[family])
     if features.spatial_BS is not None and reference.spatial is not None:
         # No interval: resampling a few hundred features 200 times costs more than drawing the images.
@@ -134,8 +134,6 @@ def mean_loss(
     model: ImageGenerator[Any], images_NCHW: Tensor, labels_N: Tensor, batch_size: int = 128
 ) -> tuple[float, Interval]:
     """The model's validation loss over images, and its interval. Timesteps and noise are the same for every model."""
-    from bitlaw.models.generator import Noise
-
     losses: list[Tensor] = []
     with torch.inference_mode():
         for begin in range(0, len(images_NCHW), batch_size):

@@ -80,22 +80,27 @@ class FeatureStatistics:
         if other._count:
             self._add(other._count, other._mean_D, other._scatter_DD)
 
-    def save(self, path: Path | str) -> None:
-        """Write `.npz` with the field's names `mu` and `sigma` (float64), and `count`; atomic."""
-        arrays: dict[str, np.ndarray] = {"mu": self.mean_D.numpy(), "sigma": self.covariance_DD.numpy()}
+    def arrays(self, suffix: str = "") -> dict[str, np.ndarray]:
+        """The field's `mu` and `sigma` (float64), and `count`, each with `suffix`; a `.npz` may hold several."""
+        arrays: dict[str, np.ndarray] = {}
+        arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = self.mean_D.numpy(), self.covariance_DD.numpy()
         if self._count is not None:
-            arrays["count"] = np.array(self._count)
-        write_npz(path, arrays)
+            arrays[f"count{suffix}"] = np.array(self._count)
+        return arrays
+
+    def save(self, path: Path | str) -> None:
+        """Write `arrays()` as `.npz`, atomically."""
+        write_npz(path, self.arrays())
 
     @classmethod
-    def load(cls, path: Path | str, spatial: bool = False) -> "FeatureStatistics":
+    def load(cls, path: Path | str, suffix: str = "") -> "FeatureStatistics":
         """Read `mu` and `sigma` of a `.npz`: ours, pytorch-fid's, or ADM's reference batches.
 
-        With `spatial`, read `mu_s` and `sigma_s`, which ADM's have for sFID.
-        ValueError names the file and the array that is missing or damaged.
+        `suffix` picks one of several in a file; ADM's have `_s` for sFID. ValueError names the file and
+        the array that is missing or damaged.
         """
-        mean_key, covariance_key = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
-        arrays = read_npz(path, required=(mean_key, covariance_key), optional=("count",))
+        mean_key, covariance_key, count_key = f"mu{suffix}", f"sigma{suffix}", f"count{suffix}"
+        arrays = read_npz(path, required=(mean_key, covariance_key), optional=(count_key,))
         mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean_key, covariance_key))
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -106,7 +111,7 @@ class FeatureStatistics:
             raise ValueError(f"{path}: {mean_key} or {covariance_key} holds NaN or infinity")
         statistics = cls(len(mean))
         statistics._mean_D = mean
-        statistics._count = int(arrays["count"]) if "count" in arrays else None
+        statistics._count = int(arrays[count_key]) if count_key in arrays else None
         statistics._scatter_DD = covariance if statistics._count is None else covariance * (statistics._count - 1)
         return statistics
 
@@ -206,9 +211,11 @@ def resampling_weights(num_images: int, num_resamples: int, seed: int) -> Tensor
 def _roots_of_product(factored: FeatureStatistics, other: FeatureStatistics) -> Tensor:
     """The square roots of the eigenvalues of S_factored S_other."""
     if factored.rank_bound == factored.num_features:
-        try:  # LAPACK's own form of the product, half the work of forming L^T S L
-            covariances = other.covariance_DD.numpy(), factored.covariance_DD.numpy()
-            eigenvalues_D = eigh(*covariances, type=2, eigvals_only=True, check_finite=False)
+        try:  # LAPACK's own form of the product, half the work of L^T S L; transposed, it is in Fortran's order
+            covariances = other.covariance_DD.numpy().T, factored.covariance_DD.numpy().T
+            eigenvalues_D = eigh(  # type: ignore[call-overload]  # the stubs forget driver="gv", the fastest here
+                *covariances, type=2, driver="gv", eigvals_only=True, check_finite=False
+            )
             return torch.from_numpy(eigenvalues_D).clamp_min(0).sqrt()
         except np.linalg.LinAlgError:
             pass  # a dead or repeated feature: singular although the images are enough

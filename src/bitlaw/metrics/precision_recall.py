@@ -1,6 +1,6 @@
 """Improved precision and recall: the share of images inside the other set's manifold of k-nearest-neighbour balls.
 
-Legend: N images of the first set, M of the second, B of a block, D features.
+Legend: N images of the first set, M of the second, B of a block, D features, K = k + 1 neighbours.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,8 @@ def _covered(x_ND: Tensor, centers_MD: Tensor, squared_radii_M: Tensor, block_si
 def _squared_radii(x_ND: Tensor, num_neighbors: int, block_size: int) -> Tensor:
     """Squared distance of each point to its k-th nearest other point: the k + 1 smallest include the point itself."""
     blocks = _squared_distances(x_ND, x_ND, block_size)
-    return torch.cat([squared_BN.kthvalue(num_neighbors + 1, dim=1).values for squared_BN in blocks])
+    nearest = (squared_BN.topk(num_neighbors + 1, largest=False).values for squared_BN in blocks)
+    return torch.cat([squared_BK[:, -1] for squared_BK in nearest])
 
 
 def _squared_distances(x_ND: Tensor, y_MD: Tensor, block_size: int) -> Iterator[Tensor]:

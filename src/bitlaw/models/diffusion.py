@@ -10,8 +10,10 @@ Legend: B images, C channels, H height, W width; the output of a network that le
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +33,10 @@ class Posterior(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Training losses of each image (B,): mean squared error, and the variational bound in bits (None: fixed variance)."""
+    """Training losses of each image (B,): mean squared error, and the variational bound in bits.
+
+    The bound is None where the variance is fixed.
+    """
 
     mse_B: Tensor
     vb_B: Tensor | None
@@ -88,6 +93,11 @@ class Diffusion:
         return 1 - abar / _shifted(abar)
 
     @cached_property
+    def log_betas(self) -> Tensor:
+        """The upper bound of the posterior's log variance."""
+        return self.betas.log()
+
+    @cached_property
     def abar(self) -> Tensor:
         """Share of the signal's variance that is left."""
         return (1 - self.betas).cumprod(0)
@@ -96,6 +106,16 @@ class Diffusion:
     def abar_previous(self) -> Tensor:
         """abar one step less noisy; 1 at index 0."""
         return _shifted(self.abar)
+
+    @cached_property
+    def signal(self) -> Tensor:
+        """sqrt(abar), the weight of x_0 in x_k."""
+        return self.abar.sqrt()
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """sqrt(1 - abar), the weight of the noise in x_k."""
+        return (1 - self.abar).sqrt()
 
     @cached_property
     def posterior_variance(self) -> Tensor:
@@ -124,15 +144,15 @@ class Diffusion:
 
     def add_noise(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
         """x_k = sqrt(abar) x_0 + sqrt(1 - abar) noise."""
-        abar = self._at(self.abar, index, x0_BCHW)
-        return _sqrt(abar) * x0_BCHW + _sqrt(1 - abar) * noise_BCHW
+        signal, sigma = self._at(self.signal, index, x0_BCHW), self._at(self.sigma, index, x0_BCHW)
+        return signal * x0_BCHW + sigma * noise_BCHW
 
     def target(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
         """What the network should give."""
         if self.prediction == "epsilon":
             return noise_BCHW
-        abar = self._at(self.abar, index, x0_BCHW)
-        return _sqrt(abar) * noise_BCHW - _sqrt(1 - abar) * x0_BCHW
+        signal, sigma = self._at(self.signal, index, x0_BCHW), self._at(self.sigma, index, x0_BCHW)
+        return signal * noise_BCHW - sigma * x0_BCHW
 
     def losses(self, output_BCHW: Tensor, x0_BCHW: Tensor, index_B: Tensor, noise_BCHW: Tensor) -> Losses:
         """Losses of each image; the bound's gradient reaches the variance channels only (Nichol & Dhariwal eq. 16)."""
@@ -163,29 +183,31 @@ class Diffusion:
 
     def predict_x0(self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int) -> Tensor:
         """x_0 as the network's output (its first C channels) implies."""
-        abar = self._at(self.abar, index, x_BCHW)
+        signal, sigma = self._at(self.signal, index, x_BCHW), self._at(self.sigma, index, x_BCHW)
         prediction = output_BCHW[:, : x_BCHW.shape[1]]
         if self.prediction == "v":
-            return _sqrt(abar) * x_BCHW - _sqrt(1 - abar) * prediction
-        return _sqrt(1 / abar) * x_BCHW - _sqrt(1 / abar - 1) * prediction
+            return signal * x_BCHW - sigma * prediction
+        return x_BCHW / signal - prediction * (sigma / signal)
 
-    def posterior(
-        self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int, *, clip: bool = False
-    ) -> Posterior:
+    def predict_noise(self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int) -> Tensor:
+        """The noise as the network's output (its first C channels) implies."""
+        prediction = output_BCHW[:, : x_BCHW.shape[1]]
+        if self.prediction == "epsilon":
+            return prediction
+        signal, sigma = self._at(self.signal, index, x_BCHW), self._at(self.sigma, index, x_BCHW)
+        return signal * prediction + sigma * x_BCHW
+
+    def posterior(self, x_BCHW: Tensor, output_BCHW: Tensor, index: Tensor | int, *, clip: bool = False) -> Posterior:
         """p(x_{k-1} | x_k). `clip` limits x_0 to [-1, 1], for models of pixels."""
         x0 = self.predict_x0(x_BCHW, output_BCHW, index)
         if clip:
             x0 = x0.clamp(-1, 1)
-        low = self._at(self.posterior_log_variance, index, x_BCHW)
-        if self.variance == "fixed_small":
-            log_variance = torch.zeros_like(x0) + low
+        low, high = self._at(self.posterior_log_variance, index, x_BCHW), self._at(self.log_betas, index, x_BCHW)
+        if self.variance == "learned_range":
+            fraction = (output_BCHW[:, x_BCHW.shape[1] :] + 1) / 2
+            log_variance = fraction * high + (1 - fraction) * low
         else:
-            high = self._at(self.betas, index, x_BCHW)
-            high = high.log() if isinstance(high, Tensor) else math.log(high)
-            fraction = 1.0
-            if self.variance == "learned_range":
-                fraction = (output_BCHW[:, x_BCHW.shape[1] :] + 1) / 2
-            log_variance = torch.zeros_like(x0) + fraction * high + (1 - fraction) * low
+            log_variance = torch.zeros_like(x0) + (low if self.variance == "fixed_small" else high)
         return Posterior(self._posterior_mean(x0, x_BCHW, index), log_variance, x0)
 
     def ddpm_step(
@@ -209,18 +231,14 @@ class Diffusion:
     ) -> Tensor:
         """x_{k-1} by DDIM (Song et al. eq. 12): deterministic at eta = 0; at eta = 1 it needs noise, as DDPM does."""
         abar, previous = float(self.abar[index]), float(self.abar_previous[index])
-        x0 = self.predict_x0(x_BCHW, output_BCHW, index)
-        if self.prediction == "v":
-            noise = math.sqrt(abar) * output_BCHW[:, : x_BCHW.shape[1]] + math.sqrt(1 - abar) * x_BCHW
-        else:
-            noise = output_BCHW[:, : x_BCHW.shape[1]]
-        sigma = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
-        x = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - sigma * sigma, 0.0)) * noise
-        if sigma == 0 or index == 0:
+        x0, noise = self.predict_x0(x_BCHW, output_BCHW, index), self.predict_noise(x_BCHW, output_BCHW, index)
+        spread = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
+        x = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - spread * spread, 0.0)) * noise
+        if spread == 0 or index == 0:
             return x
         if noise_BCHW is None:
             raise ValueError(f"DDIM with eta {eta} needs noise")
-        return x + sigma * noise_BCHW
+        return x + spread * noise_BCHW
 
     def _posterior_mean(self, x0_BCHW: Tensor, x_BCHW: Tensor, index: Tensor | int) -> Tensor:
         x0_weight = self._at(self.posterior_x0_weight, index, x_BCHW)
@@ -242,13 +260,14 @@ def _respaced(process: Diffusion, respacing: str) -> Diffusion:
 def betas_of(schedule: Schedule, num_timesteps: int) -> Tensor:
     """Betas of a whole schedule, float64.
 
-    Linear from 1e-4 to 0.02 at 1000 steps (both ends in proportion at another number); cosine: 1 - g((i + 1) / T) / g(i / T), at most 0.999.
+    Linear from 1e-4 to 0.02 at 1000 steps, both ends in proportion at another number.
+    Cosine: 1 - g((i + 1) / T) / g(i / T), at most 0.999, with g(u) = cos^2((u + 0.008) / 1.008 * pi / 2).
     """
     if schedule == "linear":
         factor = 1000 / num_timesteps
         return torch.linspace(factor * 1e-4, factor * 0.02, num_timesteps, dtype=torch.float64)
     g = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in zip(g, g[1:])], dtype=torch.float64)
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(g)], dtype=torch.float64)
 
 
 def kept_timesteps(num_timesteps: int, respacing: str) -> list[int]:
@@ -259,6 +278,10 @@ def kept_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     """
     if respacing == "":
         return list(range(num_timesteps))
+    if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", respacing):
+        raise ValueError(
+            f"respacing '{respacing}': must be a number of steps, ddim and a number, or numbers with commas"
+        )
     if respacing.startswith("ddim"):
         count = int(respacing.removeprefix("ddim"))
         for stride in range(1, num_timesteps):
@@ -273,21 +296,17 @@ def kept_timesteps(num_timesteps: int, respacing: str) -> list[int]:
         length = size + (section < longer)
         if not 1 <= count <= length:
             raise ValueError(f"respacing '{respacing}': cannot keep {count} of a section of {length} steps")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0                      # summed and rounded half to even, as the official processes were
+        apart = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0  # summed and rounded half to even, as the official processes were
         for _ in range(count):
             kept.append(start + round(position))
-            position += stride
+            position += apart
         start += length
     return kept
 
 
 def _shifted(abar: Tensor) -> Tensor:
     return torch.cat([abar.new_ones(1), abar[:-1]])
-
-
-def _sqrt(x: "Tensor | float") -> "Tensor | float":
-    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

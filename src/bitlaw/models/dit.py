@@ -1,14 +1,14 @@
 """Diffusion transformer (Peebles & Xie 2023): noise in a latent image, removed step by step.
 
-State-dict keys are those of the official checkpoints (facebookresearch/DiT). Departures from the official sampler, which
-leave its results as they are: the unconditional half exists inside the network call only, and everything that
-depends on (timestep, class) alone is computed once for each distinct pair in a step.
+State-dict keys are those of the official checkpoints (facebookresearch/DiT). Two departures from the official sampler
+leave its results as they are: the unconditional half exists inside the network call only, and what depends on
+(timestep, class) alone is computed once for each distinct pair in a step.
 
 Legend: B images, C channels and H = W side of the latent, O output channels, T tokens, D width, K distinct conditions.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -20,9 +20,9 @@ from bitlaw.models.attention import attend
 from bitlaw.models.diffusion import Diffusion
 from bitlaw.models.gelu import gelu_tanh
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
-from bitlaw.models.guidance import guide, guide_channels
+from bitlaw.models.guidance import guide_channels
 from bitlaw.models.pixels import Rounding, from_uint8, to_uint8
-from bitlaw.models.storage import load_tensors, split_prefix, with_prefix
+from bitlaw.models.storage import TOKENIZER_PREFIX, load_tensors, split_prefix, with_prefix
 from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 
@@ -65,7 +65,10 @@ class Conditions(NamedTuple):
 
 
 class DiTTransformer(nn.Module):
-    """The network: (noisy latent, timestep, class) -> noise or v, and the variance's channels. Class num_classes is null."""
+    """The network: (noisy latent, timestep, class) -> noise or v, and the variance's channels.
+
+    Class num_classes is the null class.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -108,18 +111,13 @@ class DiTTransformer(nn.Module):
 
     def _initialize(self) -> None:
         """As the official training: Xavier for linears, zeros for biases, modulations and the last layer."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), *self.final_layer.last_linears()):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(parameter.data.flatten(1))
 
 
 class PatchEmbed(nn.Module):
@@ -224,10 +222,6 @@ class FinalLayer(nn.Module):
         shift, scale = _modulations(self.adaLN_modulation[1](silu_KD), row_B, 2)
         return self.linear(_modulated_norm(h_BTD, shift, scale))
 
-    def last_linears(self) -> tuple[nn.Module, nn.Module]:
-        """Those that start at zero."""
-        return self.linear, self.adaLN_modulation[1]
-
 
 def _modulations(out_KX: Tensor, row_B: Tensor, num_parts: int) -> tuple[Tensor, ...]:
     """The parts (B, 1, D) of a modulation, for each row."""
@@ -311,6 +305,7 @@ class DiT(ImageGenerator[DiTState]):
     """A diffusion transformer with its process and autoencoder."""
 
     family = "dit"
+    net: DiTTransformer
 
     def __init__(
         self,
@@ -336,6 +331,13 @@ class DiT(ImageGenerator[DiTState]):
     def num_steps(self) -> int:
         """Steps of a rollout."""
         return self.sampling.num_steps
+
+    @property
+    def sampler_name(self) -> str:
+        """Sampler, its stochasticity, spacing of the steps, channels that are guided."""
+        sampling = self.sampling
+        eta = f" eta={sampling.eta:g}" if sampling.sampler == "ddim" else ""
+        return f"{sampling.sampler}{eta} {sampling.spacing} guided_channels={sampling.guided_channels or 'all'}"
 
     @property
     def spaced(self) -> Diffusion:
@@ -421,14 +423,14 @@ class DiT(ImageGenerator[DiTState]):
             "tokenizer": asdict(self.decoder.tokenizer.config),
             "latent_scale": self.decoder.latent_scale,
         }
-        return config, self.net.state_dict() | with_prefix("tokenizer.", self.decoder.tokenizer.state_dict())
+        return config, self.net.state_dict() | with_prefix(TOKENIZER_PREFIX, self.decoder.tokenizer.state_dict())
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The model that `to_checkpoint` gave. Raises ValueError naming each tensor that does not fit."""
         tokenizer = VQTokenizer(VQTokenizerConfig(**config["tokenizer"]))
         net = DiTTransformer(DiTConfig(**config["net"]))
-        inside, own = split_prefix("tokenizer.", tensors)
+        inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
         load_tensors(tokenizer, inside, "tokenizer")
         load_tensors(net, own, "DiT")
         return cls(

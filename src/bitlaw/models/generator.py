@@ -15,13 +15,18 @@ not depend on the batch it is drawn in.
 Legend: B images, L tokens of a step, V vocabulary, C channels, H height, W width.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix
 
 Phase = Literal["embed", "blocks", "head"]
 
@@ -65,7 +70,7 @@ class Noise:
     def gumbel(self, step: int, shape: Sequence[int]) -> Tensor:
         """Standard Gumbel numbers (B, *shape), float32: argmax(logits + gumbel) draws from softmax(logits)."""
         uniform = self._draw(step, shape, lambda row, generator: row.uniform_(generator=generator))
-        return uniform.log_().neg_().log_().neg_()          # uniform 0 gives -inf, which is never drawn
+        return uniform.log_().neg_().log_().neg_()  # uniform 0 gives -inf, which is never drawn
 
     def _draw(self, step: int, shape: Sequence[int], fill: Callable[[Tensor, torch.Generator], Any]) -> Tensor:
         out = torch.empty((len(self), *shape), dtype=torch.float32)
@@ -99,7 +104,7 @@ StateT = TypeVar("StateT")
 class Step(NamedTuple, Generic[StateT]):
     """One step of a rollout: the state before, what was extracted, the state after."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     before: StateT
     extracted: Extracted
     after: StateT
@@ -125,6 +130,10 @@ class ImageGenerator(ABC, Generic[StateT]):
     num_classes: int
     image_size: int
     clock: StepClock
+    storage_dtype: torch.dtype = torch.float32
+    """Type in which numbers that are not quantized are stored; arithmetic is in that of the parameters."""
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    """Where the model comes from, and what was done to it."""
 
     # ---- what a family defines -------------------------------------------------------------------
 
@@ -157,12 +166,24 @@ class ImageGenerator(ABC, Generic[StateT]):
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Validation loss of each image (B,), teacher forced, no label dropped."""
 
+    @property
+    @abstractmethod
+    def sampler_name(self) -> str:
+        """The sampler with its settings other than guidance and number of steps, for the protocol of a score."""
+
+    @abstractmethod
+    def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration, and tensors under official keys, "tokenizer." before the tokenizer's; no quantized weights."""
+
+    @classmethod
+    @abstractmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The full-precision model that `to_checkpoint` gave. ValueError names each tensor that does not fit."""
+
     # ---- what every family has -------------------------------------------------------------------
 
     def with_sampling(self, **changes: Any) -> Self:
         """The same weights under other sampler settings; None leaves a setting as it is."""
-        import copy
-
         twin = copy.copy(self)
         twin.sampling = replace(self.sampling, **{k: v for k, v in changes.items() if v is not None})
         return twin
@@ -198,6 +219,16 @@ class ImageGenerator(ABC, Generic[StateT]):
                 progress(len(batch))
         return torch.cat(images)
 
+    def save(self, directory: Path | str) -> None:
+        """Write a checkpoint directory; `bitlaw.load` of it gives the same numbers, bit for bit."""
+        from bitlaw.models.loading import save  # it knows the families, which are subclasses of this
+
+        save(self, directory)
+
+    def net_tensors(self) -> dict[str, Tensor]:
+        """The network's tensors under official keys, without quantized weights and without the tokenizer."""
+        return split_prefix(TOKENIZER_PREFIX, self.to_checkpoint()[1])[1]
+
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """`labels` as an int64 tensor on the model's device; ValueError names the valid range."""
         labels_B = torch.as_tensor(labels, dtype=torch.int64).reshape(-1).to(self.device)
@@ -205,7 +236,8 @@ class ImageGenerator(ABC, Generic[StateT]):
             raise ValueError("no labels given")
         wrong = sorted({int(x) for x in labels_B if not 0 <= x < self.num_classes})
         if wrong:
-            raise ValueError(f"label {', '.join(map(str, wrong))} out of range: this model has classes 0 to {self.num_classes - 1}")
+            given = ", ".join(map(str, wrong))
+            raise ValueError(f"label {given} out of range: this model has classes 0 to {self.num_classes - 1}")
         return labels_B
 
     @property

@@ -31,6 +31,9 @@ def draw(logits_BNV: Tensor, gumbel_BNV: Tensor) -> Tensor:
 
 
 def soft_embedding(logits_BNV: Tensor, gumbel_BNV: Tensor, codebook_VZ: Tensor, progress: float) -> Tensor:
-    """VAR's `more_smooth`: Gumbel-softmax mixtures (B, N, Z) of codebook vectors, sharper as `progress` goes from 0 to 1."""
+    """VAR's `more_smooth`: Gumbel-softmax mixtures (B, N, Z) of codebook vectors.
+
+    They grow sharper as `progress` goes from 0 at the first stage to 1 at the last.
+    """
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     return ((logits_BNV * (1 + progress) + gumbel_BNV) / temperature).softmax(-1) @ codebook_VZ

@@ -1,4 +1,5 @@
-"""Checkpoints as directories: config.json, model.safetensors and, for what quantization adds, bitlaw.json.
+"""Checkpoints as directories: config.json, model.safetensors (the network), tokenizer.safetensors (what decodes its
+latents), and bitlaw.json for what quantization adds.
 
 A directory appears under its name only when it is complete. What is read is checked before it is used, and an error
 names the file and the tensor.
@@ -16,11 +17,16 @@ from torch import Tensor, nn
 
 from bitlaw.files import replacing_directory, write_json
 
-CONFIG_FILE, TENSORS_FILE, QUANTIZATION_FILE = "config.json", "model.safetensors", "bitlaw.json"
+CONFIG_FILE, QUANTIZATION_FILE = "config.json", "bitlaw.json"
+TENSORS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.safetensors"
+TOKENIZER_PREFIX = "tokenizer."
 
 
 class Checkpoint(NamedTuple):
-    """What a directory holds; `quantization` is None for a model that is not quantized."""
+    """What a directory holds; `quantization` is None for a model that is not quantized.
+
+    Tensors of the tokenizer have names that start with "tokenizer.".
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -36,7 +42,10 @@ def write_checkpoint(
     """Write a checkpoint, atomically; an older one of that name is replaced."""
     with replacing_directory(directory) as temporary:
         write_json(temporary / CONFIG_FILE, dict(config))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS_FILE)
+        tokenizer, network = split_prefix(TOKENIZER_PREFIX, tensors)
+        _save(network, temporary / TENSORS_FILE)
+        if tokenizer:
+            _save(tokenizer, temporary / TOKENIZER_FILE)
         if quantization is not None:
             write_json(temporary / QUANTIZATION_FILE, dict(quantization))
 
@@ -46,12 +55,15 @@ def read_checkpoint(directory: Path | str) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such checkpoint directory")
+    config, tensors = read_json(directory / CONFIG_FILE), read_tensors(directory / TENSORS_FILE)
+    if "tokenizer" in config:
+        tensors |= with_prefix(TOKENIZER_PREFIX, read_tensors(directory / TOKENIZER_FILE))
     quantization = directory / QUANTIZATION_FILE
-    return Checkpoint(
-        read_json(directory / CONFIG_FILE),
-        read_tensors(directory / TENSORS_FILE),
-        read_json(quantization) if quantization.exists() else None,
-    )
+    return Checkpoint(config, tensors, read_json(quantization) if quantization.exists() else None)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,9 +95,10 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str, ignore: Collection[str] = ()) -> None:
-    """Fill a module from tensors of any float type; ValueError names every tensor that is missing, unknown or misshapen.
+    """Fill a module from tensors of any float type.
 
     `what` tells the reader which network it is; names that end in one of `ignore` are passed over.
+    Raises ValueError naming every tensor that is missing, unknown, misshapen or holds NaN or Inf.
     """
     own = module.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(tuple(ignore))}

@@ -3,14 +3,14 @@
 State-dict keys on disk are those of the official checkpoints (FoundationVision/VAR). In memory q and v biases are one
 fused bias of `mat_qkv`, whose key part is always zero, so that it is an ordinary linear to hooks and quantizers.
 
-Legend: B images, R rows (B, or 2 B with guidance: conditional, then unconditional), S stages, N tokens of a stage, L tokens of
+Legend: B images, R rows (B, or 2 B with guidance: conditional, then unconditional), N tokens of a stage, L tokens of
 all stages, M tokens seen so far, C width, H heads, d = C / H, V vocabulary, Z latent channels, K distinct classes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, Step
 from bitlaw.models.guidance import guide, ramp
 from bitlaw.models.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.sampling import draw, filter_logits, soft_embedding
-from bitlaw.models.storage import load_tensors, split_prefix, with_prefix
+from bitlaw.models.storage import TOKENIZER_PREFIX, load_tensors, split_prefix, with_prefix
 from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 
@@ -115,7 +115,7 @@ class VARTransformer(nn.Module):
         shared_KX = self.shared_ada_lin[1](silu_KC) if self.config.shared_adaln else None
         return Conditions(
             class_KC[row_R],
-            [_parts(block.modulation(silu_KC, shared_KX)[row_R], 6) for block in self.blocks],
+            [_parts(block.modulation(silu_KC, shared_KX)[row_R], 6) for block in self._typed_blocks()],
             _parts(self.head_nm.ada_lin[1](silu_KC)[row_R], 2),
         )
 
@@ -158,29 +158,34 @@ class VARTransformer(nn.Module):
     def _positions(self) -> Tensor:
         return self.lvl_embed(self.stage_L) + self.pos_1LC[0]
 
+    def _typed_blocks(self) -> Iterable["Block"]:
+        return cast(Iterable[Block], self.blocks)
+
     def _initialize(self) -> None:
         """As the official training: narrow normals, residual branches and their gates small, logits near zero."""
-        std, depth = math.sqrt(1 / self.config.width / 3), self.config.depth
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        with torch.no_grad():
-            self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[1].weight.mul_(0.5)
-            for block in self.blocks:
-                block.attn.proj.weight.div_(math.sqrt(2 * depth))
-                block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
-                if not self.config.shared_adaln:
-                    block.ada_lin[1].weight[2 * self.config.width :].mul_(0.5)
-                    block.ada_lin[1].weight[: 2 * self.config.width].mul_(1e-3)
+        width, depth = self.config.width, self.config.depth
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif not name.endswith(("scale_mul_1H11", "ada_gss")):
+                nn.init.trunc_normal_(parameter, std=math.sqrt(1 / (3 * width)))
+            with torch.no_grad():
+                if name == "head.weight":
+                    parameter.mul_(0.02)
+                elif name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
+                    parameter.div_(math.sqrt(2 * depth))
+                elif name.startswith("blocks") and name.endswith("ada_lin.1.weight"):
+                    parameter[: 2 * width].mul_(1e-3)
+                    parameter[2 * width :].mul_(0.5)
+                elif name == "head_nm.ada_lin.1.weight":
+                    parameter.mul_(0.5)
 
 
 class KeyValues:
-    """Room for the keys and values of all stages but the last, which no later stage sees; `filled` tokens of it are used."""
+    """Room for the keys and values of all stages but the last, which no later stage sees.
+
+    layers: (depth, 2, R, H, L - N of the last stage, d), of which the first `filled` tokens are used
+    """
 
     def __init__(self, layers: Tensor, filled: int = 0):
         self.layers, self.filled = layers, filled
@@ -233,7 +238,7 @@ class QKVLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. `quant_q`, `quant_k`, `quant_v` see the operands (R, H, N, d), after q and k are normalized."""
+    """Multi-head attention. `quant_q`, `quant_k`, `quant_v` see the operands (R, H, N, d), q and k normalized."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -250,7 +255,7 @@ class Attention(nn.Module):
         """(R, N, C) -> (R, N, C)."""
         rows, tokens, width = x_RNC.shape
         heads_3RHNd = self.mat_qkv(x_RNC).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = (part.contiguous() for part in heads_3RHNd)      # the norms and products below are twice as fast so
+        q, k, v = (part.contiguous() for part in heads_3RHNd)  # the norms and products below are twice as fast so
         if self.qk_norm:
             temperature = self.scale_mul_1H11.clamp_max(math.log(100)).exp()
             q, k, scale = _unit(q, temperature), _unit(k), 1.0
@@ -384,7 +389,7 @@ class VARSampling:
 
 
 class VARState(NamedTuple):
-    """The latent accumulated so far, the tokens drawn for it, and the network's memory (None before the first stage)."""
+    """The latent accumulated so far, the tokens drawn for it, and the network's memory (None at the start)."""
 
     labels_B: Tensor
     latent_BZhw: Tensor
@@ -397,6 +402,7 @@ class VAR(ImageGenerator[VARState]):
     """A visual autoregressive transformer with its tokenizer. A step is a stage."""
 
     family = "var"
+    net: VARTransformer
 
     def __init__(self, net: VARTransformer, tokenizer: VQTokenizer, sampling: VARSampling | None = None):
         self.net, self.tokenizer = net, tokenizer
@@ -413,6 +419,12 @@ class VAR(ImageGenerator[VARState]):
     def num_steps(self) -> int:
         """Stages."""
         return len(self.net.config.patch_nums)
+
+    @property
+    def sampler_name(self) -> str:
+        """Filters and smoothing."""
+        smooth = " more_smooth" if self.sampling.more_smooth else ""
+        return f"top_k={self.sampling.top_k} top_p={self.sampling.top_p:g}{smooth}"
 
     def sites(self) -> list[Site]:
         """Every linear, in the order of the network. Modulations are computed once for an image."""
@@ -455,7 +467,7 @@ class VAR(ImageGenerator[VARState]):
         latents_BNZ = self.tokenizer.next_input(state.latent_BZhw, step) if step else None
         x_RNC, memory = self.net.run_stage(memory, step, latents_BNZ)
         head = memory.conditions.head
-        if w == 1:                      # at the first stage the unconditional half has no weight
+        if w == 1:  # at the first stage the unconditional half has no weight
             return Extracted(self.net.logits(x_RNC[:batch], tuple(part[:batch] for part in head)), memory)
         cond, uncond = self.net.logits(x_RNC, head).split(batch)
         return Extracted(guide(cond, uncond, w), memory)
@@ -486,7 +498,8 @@ class VAR(ImageGenerator[VARState]):
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Cross entropy of the tokens of each uint8 image in nats, mean over positions, (B,). It needs no noise."""
-        tokens_BL, latents_BLZ = self.tokenizer.teacher_forcing(self.tokenizer.encode_to_tokens(from_uint8(images_BCHW)))
+        tokens = self.tokenizer.encode_to_tokens(from_uint8(images_BCHW))
+        tokens_BL, latents_BLZ = self.tokenizer.teacher_forcing(tokens)
         logits_BLV = self.net(labels_B, latents_BLZ)
         return F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none").mean(1)
 
@@ -498,14 +511,14 @@ class VAR(ImageGenerator[VARState]):
             "sampling": asdict(self.sampling),
             "tokenizer": asdict(self.tokenizer.config),
         }
-        return config, to_official(self.net.state_dict()) | with_prefix("tokenizer.", self.tokenizer.state_dict())
+        return config, to_official(self.net.state_dict()) | with_prefix(TOKENIZER_PREFIX, self.tokenizer.state_dict())
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The model that `to_checkpoint` gave. Raises ValueError naming each tensor that does not fit."""
         tokenizer = VQTokenizer(VQTokenizerConfig(**config["tokenizer"]))
         net = VARTransformer(VARConfig(**config["net"]))
-        inside, own = split_prefix("tokenizer.", tensors)
+        inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
         load_tensors(tokenizer, inside, "tokenizer", ignore=_IGNORED)
         load_tensors(net, from_official(own), "VAR")
         return cls(

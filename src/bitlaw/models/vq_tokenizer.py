@@ -6,7 +6,7 @@ checkpoints (FoundationVision/VAR); a small configuration without normalisation 
 
 DiT uses the same autoencoder without the quantizer, on continuous latents.
 
-Legend: B images, H x W pixels, Z latent channels, h x w latent positions, P x P positions of a stage, N = P^2 tokens of a
+Legend: B images, H x W pixels, Z latent channels, h x w latent positions, P x P positions and N = P^2 tokens of a
 stage, L tokens of all stages, V vocabulary, D a number of vectors.
 """
 
@@ -67,7 +67,7 @@ class VQTokenizerConfig:
 
 
 class Tokens(NamedTuple):
-    """A tokenized image: int64 token maps (B, N_s) of every stage, and the latent (B, Z, h, w) accumulated up to each."""
+    """Tokenized images: int64 token maps (B, N) of every stage, and the latent (B, Z, h, w) accumulated up to each."""
 
     indices: list[Tensor]
     latents: list[Tensor]
@@ -85,6 +85,8 @@ class VQTokenizer(nn.Module):
         self.quantize = MultiScaleQuantizer(config)
         self.quant_conv = nn.Conv2d(z, z, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z, z, 3, padding=1)
+        # A fifth faster on a CPU, and to rounding the same.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode_to_latent(self, images_BCHW: Tensor) -> Tensor:
         """The continuous latent (B, Z, h, w) of images in [-1, 1]."""
@@ -153,9 +155,8 @@ def phi_index(stage: int, num_stages: int, num_phi: int) -> int:
     Some stages lie halfway between two ticks, and the rounding of float64 decides: stages 2 and 7 of 10 take the higher
     one. The released tokenizers were trained so; exact arithmetic gives another answer.
     """
-    ticks = np.linspace(1 / 3 / num_phi, 1 - 1 / 3 / num_phi, num_phi)
-    if num_phi != 4:
-        ticks = np.linspace(1 / 2 / num_phi, 1 - 1 / 2 / num_phi, num_phi)
+    margin = 1 / (3 if num_phi == 4 else 2) / num_phi
+    ticks = np.linspace(margin, 1 - margin, num_phi)
     return int(np.argmin(np.abs(ticks - stage / (num_stages - 1))))
 
 

@@ -1,8 +1,8 @@
 """Study cells and what came of them: one JSON file a cell, each a pure function of its configuration.
 
-    DIR/study.json                the grid, the protocol and the versions it is run with
-    DIR/cells/<stem>.json         one record, written atomically when the cell is done
-    DIR/samples/<stem>.png        the cell's first images
+DIR/study.json                the grid, the protocol and the versions it is run with
+DIR/cells/<stem>.json         one record, written atomically when the cell is done
+DIR/samples/<stem>.png        the cell's first images
 """
 
 import json
@@ -37,7 +37,9 @@ class Cell:
     @property
     def stem(self) -> str:
         """The name of the cell's files."""
-        return "--".join([self.model.rsplit("/", 1)[-1], self.precision, self.method.replace(":", "-"), f"s{self.seed}"])
+        return "--".join(
+            [self.model.rsplit("/", 1)[-1], self.precision, self.method.replace(":", "-"), f"s{self.seed}"]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitlaw.engine import Engine, LocalEngine
 from bitlaw.ladder import data
 from bitlaw.methods import METHODS
 from bitlaw.methods.quantize import check_quantizable, quantize
@@ -37,7 +38,6 @@ from bitlaw.models.loading import load
 from bitlaw.names import lookup
 from bitlaw.precision import Precision
 from bitlaw.scaling.bits import count_bits
-from bitlaw.scaling.engine import Engine, LocalEngine
 from bitlaw.scaling.records import SAMPLE_TILES, Cell, Record, StudyDirectory
 
 LADDER_SIZES = ("xs", "s", "m", "l")

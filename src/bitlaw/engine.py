@@ -63,7 +63,10 @@ class LocalEngine:
     ) -> Iterator[Outcome[Item, Result]]:
         while waiting:
             pool = ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(os.getpid(),),
             )
             running: dict[Future[Result], Item] = {}
             try:

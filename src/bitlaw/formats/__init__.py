@@ -1,0 +1,24 @@
+"""Number formats, by name."""
+
+from bitlaw.formats.dropped import Dropped
+from bitlaw.formats.floating import FloatFormat
+from bitlaw.formats.format import Format, Params
+from bitlaw.formats.integer import IntegerFormat
+
+FORMATS: dict[str, Format] = {
+    "int0": Dropped(),
+    **{f"int{bits}": IntegerFormat(bits) for bits in range(1, 17)},
+    **{f"int{bits}s": IntegerFormat(bits, symmetric=True) for bits in range(2, 17)},
+    **{f"e{x}m{bits - 1 - x}": FloatFormat(x, bits - 1 - x) for bits in range(2, 9) for x in range(1, bits)},
+}
+
+
+def format_name(format: Format) -> str:
+    """The name of a format in FORMATS; ValueError if it is not there."""
+    for name, known in FORMATS.items():
+        if known == format:
+            return name
+    raise ValueError(f"{format} is not in FORMATS; add it there to use it in a precision or a checkpoint")
+
+
+__all__ = ["FORMATS", "Dropped", "FloatFormat", "Format", "IntegerFormat", "Params", "format_name"]

@@ -1,0 +1,78 @@
+"""Put quantized layers into a network where a plan says, and read the plan back from them."""
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from bitlaw.names import unknown_name
+from bitlaw.precision import BitPlan
+from bitlaw.quantized import ActivationSpec, Clock, FakeQuant, QuantizedTensor, QuantLinear, WeightSpec
+
+ATTENTION_OPERANDS = ("quant_q", "quant_k", "quant_v")
+"""Attributes of an attention module that see its operands; identities in full precision."""
+
+
+def install(net: nn.Module, plan: BitPlan, quantized: Mapping[str, QuantizedTensor], clock: Clock) -> nn.Module:
+    """A copy of `net` with quantized modules wherever `plan` is not 16 bits.
+
+    `quantized` has the weight of each site whose weight is quantized.
+    """
+    replaced: dict[int, nn.Module] = {}
+    for name in plan:
+        if not all(precision.is_full for precision in plan[name]):
+            linear = linear_at(net, name)
+            replaced[id(linear)] = QuantLinear(linear, quantized.get(name), plan[name], plan.step_groups, clock)
+    # deepcopy puts what its memo holds in the place of the original, uncopied.
+    twin = copy.deepcopy(net, dict(replaced))
+    for name in plan:
+        if any(precision.attention for precision in plan[name]):
+            attention = twin.get_submodule(name.rpartition(".")[0])
+            specs = [ActivationSpec.of(p.attention) if p.attention else None for p in plan[name]]
+            for operand in ATTENTION_OPERANDS:
+                setattr(attention, operand, FakeQuant(specs, plan.step_groups, clock))
+    return twin
+
+
+def check_plan(net: nn.Module, plan: BitPlan) -> None:
+    """Raise one ValueError naming every site of `plan` that cannot be quantized so, with the change to make."""
+    modules = dict(net.named_modules())
+    problems = []
+    for name in plan:
+        if name not in modules:
+            problems.append(str(unknown_name(name, _linears(net), "site")))
+            continue
+        module = modules[name]
+        if isinstance(module, QuantLinear):
+            problems.append(f"{name}: quantized already; start from the full-precision model")
+        elif not isinstance(module, nn.Linear):
+            problems.append(f"{name}: {type(module).__name__}, and only a linear can be quantized; protect this site")
+        elif precision := plan.weight(name):
+            if problem := WeightSpec.of(precision).problem(module.in_features):
+                problems.append(f"{name}: {problem}")
+            if not module.weight.isfinite().all():
+                problems.append(f"{name}.weight: NaN or Inf in the weights; nothing can be quantized from them")
+        parent = modules.get(name.rpartition(".")[0])
+        if any(p.attention for p in plan[name]) and not all(hasattr(parent, operand) for operand in ATTENTION_OPERANDS):
+            problems.append(f"{name}: not inside an attention module that shows its operands; drop KV at this site")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def plan_of(net: nn.Module) -> BitPlan | None:
+    """The plan of a network's quantized sites, read from its layers; None if it is in full precision."""
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        return None
+    step_groups = next(iter(layers.values())).input_quant.step_groups
+    return BitPlan({name: layer.precisions for name, layer in layers.items()}, step_groups)
+
+
+def linear_at(net: nn.Module, name: str) -> nn.Linear:
+    linear = net.get_submodule(name)
+    assert isinstance(linear, nn.Linear)  # `check_plan` has seen to it
+    return linear
+
+
+def _linears(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]

@@ -1,0 +1,139 @@
+"""The two budgets of a model (P0 section 3): total model bits, and total compute bits.
+
+Sizes are computed from the tensors as they are stored, never from a configuration. "Code bits" are nominal: codes only;
+the others count scales, zero points and padding to whole words as well. The autoencoder, which stays in full precision
+and is shared by all sizes, is not counted.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitlaw.models.generator import ImageGenerator, Site
+from bitlaw.precision import step_group
+from bitlaw.quantized import QuantLinear
+
+SCALE_BITS = 16  # of a dynamic activation range: one float16 scale a token, and a zero point of the codes' width
+
+
+@dataclass(frozen=True)
+class BitCount:
+    """Both budgets of a network, each with and without overhead.
+
+    model_bits, model_code_bits: every tensor of the network
+    quantized_bits, quantized_code_bits: weights of quantized layers only
+    compute_bits, compute_code_bits: sum over linear layers of weights x bits of a weight x bits of an activation (CT)
+    compute_bits_used, compute_code_bits_used: the same, each layer times the rows that pass it per generated image
+    parameters: numbers in the network
+    """
+
+    model_bits: float
+    model_code_bits: float
+    quantized_bits: float
+    quantized_code_bits: float
+    compute_bits: float
+    compute_code_bits: float
+    compute_bits_used: float
+    compute_code_bits_used: float
+    parameters: int
+
+    @property
+    def bits_per_value(self) -> float:
+        """Real bits of a number of the network."""
+        return self.model_bits / self.parameters
+
+    def to_json(self) -> dict[str, float]:
+        """For a record; the names are the budget axes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SiteBits:
+    """Bits of one linear layer: per weight and per activation, as coded and as stored."""
+
+    site: Site
+    num_weights: int
+    weight_code_bits: float
+    weight_bits: float
+    activation_code_bits: float
+    activation_bits: float
+    precision: str
+
+
+def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
+    """The bits of every site of a model; activations as the mean over its steps."""
+    full = _storage_bits(model)
+    counted = []
+    for site in model.sites():
+        layer = model.net.get_submodule(site.name)
+        assert isinstance(layer, nn.Linear | QuantLinear)
+        num_weights = layer.in_features * layer.out_features
+        weight_code_bits = weight_bits = activation_code_bits = activation_bits = float(full)
+        precision = "W16A16"
+        if isinstance(layer, QuantLinear):
+            precision = " ".join(dict.fromkeys(map(str, layer.precisions)))
+            if layer.quantized is not None:
+                weight_code_bits = layer.quantized.spec.format.code_bits
+                weight_bits = layer.quantized.bits().total / num_weights
+            steps = [
+                layer.precisions[step_group(layer.input_quant.step_groups, step)] for step in range(model.num_steps)
+            ]
+            activation_code_bits = sum(p.activation_bits for p in steps) / len(steps)
+            overhead = [p.activation_bits + SCALE_BITS if p.activation else 0.0 for p in steps]
+            activation_bits = activation_code_bits + sum(overhead) / len(steps) / layer.in_features
+        counted.append(
+            SiteBits(site, num_weights, weight_code_bits, weight_bits, activation_code_bits, activation_bits, precision)
+        )
+    return counted
+
+
+def count_bits(model: ImageGenerator[Any]) -> BitCount:
+    """Both budgets of a model, from its tensors."""
+    full = _storage_bits(model)
+    kept = sum(tensor.numel() for tensor in model.net_tensors().values())
+    layers = [m for m in model.net.modules() if isinstance(m, QuantLinear) and m.quantized is not None]
+    stored = codes = weights = 0.0
+    for layer in layers:
+        assert layer.quantized is not None
+        numel = layer.in_features * layer.out_features
+        stored += layer.quantized.bits().total
+        codes += numel * layer.quantized.spec.format.code_bits
+        weights += numel
+    sites = site_bits(model)
+    return BitCount(
+        model_bits=stored + kept * full,
+        model_code_bits=codes + kept * full,
+        quantized_bits=stored,
+        quantized_code_bits=codes,
+        compute_bits=sum(s.num_weights * s.weight_bits * s.activation_bits for s in sites),
+        compute_code_bits=sum(s.num_weights * s.weight_code_bits * s.activation_code_bits for s in sites),
+        compute_bits_used=sum(s.site.uses * s.num_weights * s.weight_bits * s.activation_bits for s in sites),
+        compute_code_bits_used=sum(
+            s.site.uses * s.num_weights * s.weight_code_bits * s.activation_code_bits for s in sites
+        ),
+        parameters=int(kept + weights),
+    )
+
+
+def describe_bits(model: ImageGenerator[Any], bits: BitCount) -> str:
+    """A table of the sites and a line for each budget."""
+    lines = [f"{'site':34}{'precision':16}{'weights':>10}{'code bits':>11}{'real bits':>11}"]
+    for s in site_bits(model):
+        lines.append(
+            f"{s.site.name:34}{s.precision:16}{s.num_weights:>10,}{s.weight_code_bits:>11.2f}{s.weight_bits:>11.2f}"
+        )
+    size = f"{bits.model_bits / 8e3:,.1f} kB" if bits.model_bits < 8e6 else f"{bits.model_bits / 8e6:,.1f} MB"
+    lines += [
+        f"parameters    {bits.parameters:,}",
+        f"model bits    {bits.model_bits:,.0f} ({size}, {bits.bits_per_value:.2f} a number); "
+        f"codes only {bits.model_code_bits:,.0f}",
+        f"compute bits  {bits.compute_bits:.3e} each weight once, {bits.compute_bits_used:.3e} as used for an image",
+    ]
+    return "\n".join(lines)
+
+
+def _storage_bits(model: ImageGenerator[Any]) -> int:
+    """Bits of a number that is not quantized."""
+    return torch.finfo(model.storage_dtype).bits

@@ -1,0 +1,110 @@
+"""The tokenizer against the official one: latents, tokens, reconstructions, keys at full size."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitlaw.models.storage import load_tensors
+from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig, phi_index
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = VQTokenizerConfig(16, 4, 8, (1, 2), 1, (1, 2, 4), norm_groups=0, attention=False)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return {name: torch.from_numpy(array) for name, array in np.load(DATA / "vae_6s.npz").items()}
+
+
+@pytest.fixture(scope="module")
+def official():
+    config = VQTokenizerConfig(512, 32, 32, (1, 1, 1, 2, 2), 2, (1, 2, 3, 4, 5, 6))
+    tokenizer = VQTokenizer(config).eval().requires_grad_(False)
+    load_tensors(tokenizer, load_file(DATA / "vae_small.fp16.safetensors"), "tokenizer", ignore=("ema_vocab_hit_SV",))
+    return tokenizer
+
+
+def close(actual, expected, atol):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def test_encoding_is_the_official_one(official, golden):
+    latent = official.encode_to_latent(golden["img_u8"].float() * 2 / 255 - 1)
+    close(latent, golden["f"], 5e-5)
+    tokens = official.latent_to_tokens(latent)
+    for stage in range(6):
+        assert torch.equal(tokens.indices[stage], golden[f"idx_{stage}"])
+        close(tokens.latents[stage], golden[f"fhat_{stage}"], 1e-5)
+        close(official.phi_for_stage(stage)(golden["phi_in"]), golden["phi_out"][stage], 1e-5)
+    close(official.teacher_forcing(tokens)[1], golden["var_input"], 1e-5)
+
+
+def test_decoding_is_the_official_one(official, golden):
+    latent = official.tokens_to_latent([golden[f"idx_{stage}"] for stage in range(6)])
+    close(latent, golden["fhat_5"], 1e-5)
+    close(official.decode(latent, clamp=False), golden["dec_preclamp"], 1e-4)
+    assert official.decode(100 * latent).abs().max() <= 1 < official.decode(100 * latent, clamp=False).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "expected"),
+    [
+        (10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
+        (14, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]),
+        (7, [0, 0, 1, 2, 2, 3, 3]),
+        (6, [0, 0, 1, 2, 3, 3]),
+        (4, [0, 1, 2, 3]),
+    ],
+)
+def test_phi_of_every_stage(num_stages, expected):
+    assert [phi_index(stage, num_stages, 4) for stage in range(num_stages)] == expected
+
+
+def test_official_keys_and_shapes_at_full_size():
+    with gzip.open(DATA / "var_manifest.json.gz") as file:
+        manifest = json.load(file)["vae_ch160v4096z32"]
+    with torch.device("meta"):
+        ours = VQTokenizer(VQTokenizerConfig()).state_dict()
+    expected = {name: shape for name, (shape, _) in manifest.items() if not name.endswith("ema_vocab_hit_SV")}
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == expected
+
+
+def test_small_configuration_has_neither_norms_nor_attention():
+    tokenizer = VQTokenizer(TINY)
+    assert not [name for name in tokenizer.state_dict() if "norm" in name or "attn" in name]
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    tokens = tokenizer.encode_to_tokens(images)
+    assert [tuple(t.shape) for t in tokens.indices] == [(2, 1), (2, 4), (2, 16)]
+    torch.testing.assert_close(tokenizer.tokens_to_latent(tokens.indices), tokens.latents[-1])
+    assert tokenizer.decode(tokens.latents[-1]).shape == images.shape
+
+
+def test_every_parameter_but_the_codebook_is_trained_by_reconstruction():
+    tokenizer = VQTokenizer(TINY)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    latent = tokenizer.encode_to_latent(images)
+    quantized = tokenizer.latent_to_tokens(latent).latents[-1]
+    tokenizer.decode(latent + quantized - latent.detach(), clamp=False).square().mean().backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    unused_phi = {f"quantize.quant_resi.qresi_ls.{j}" for j in range(4)} - {
+        f"quantize.quant_resi.qresi_ls.{phi_index(s, 3, 4)}" for s in range(3)
+    }
+    assert {name.rsplit(".", 1)[0] for name in without} <= unused_phi
+
+
+def test_nearest_takes_the_first_of_equals():
+    tokenizer = VQTokenizer(TINY)
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight.zero_()[5:] = 1.0
+    assert tokenizer.quantize.nearest(torch.tensor([[0.0] * 4, [1.0] * 4])).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("wrong", [{"ch": 20}, {"patch_nums": (2, 1)}, {"patch_nums": (4,)}, {"num_phi": 1}])
+def test_impossible_configurations_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        VQTokenizerConfig(**wrong)
