@@ -21,7 +21,7 @@ slow-test: $(VENV)/.installed-dev $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
 benchmarks: $(VENV)/.installed-dev
-	for file in benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+	for name in fid packing sampling; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bitlaw needs Python 3.11 or newer; set PYTHON=")'

@@ -1,8 +1,8 @@
 """Sampling with the largest ladder models against the straightforward loop.
 
 The baseline for VAR runs the whole prefix through the network at every stage (no KV cache); for DiT it runs the
-conditional and the unconditional half one after the other, with modulations for every row. Both use the same weights, noise and
-arithmetic, so they must draw the same images up to rounding.
+conditional and the unconditional half one after the other, with modulations for every row. Both use the same weights,
+noise and arithmetic, so they must draw the same images up to rounding.
 """
 
 import sys

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor, nn
 
 from bitlaw.formats import Format, IntegerFormat
@@ -133,6 +132,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _pack_rows(codes: Tensor, width: int) -> Tensor:
     """Codes (rows, count) as int32 (rows, words)."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # slow to import
+
     patterns = codes.to(torch.int32) + (0 if codes.dtype == torch.uint8 else 1 << (width - 1))
     planes = [(patterns, width)] if width <= 8 else [(patterns & 0xFF, 8), (patterns >> 8, width - 8)]
     # The packer takes signed codes and adds half of their range itself.
@@ -141,6 +142,8 @@ def _pack_rows(codes: Tensor, width: int) -> Tensor:
 
 def _unpack_rows(packed: Tensor, format: Format, count: int) -> Tensor:
     """Codes (rows, count) in the format's type."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # slow to import
+
     width, shape = format.code_width, torch.Size((len(packed), count))
 
     def plane(words: Tensor, w: int) -> Tensor:

@@ -2,17 +2,32 @@
 
 import io
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, sync_playwright
 
+from bitlaw.report import write_report
 from bitlaw.scaling.records import Cell
 
+CHROMIUM_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
 SIZES = {"xs": (2, 48), "s": (3, 64), "m": (4, 96), "l": (6, 128)}
-PRECISIONS = ("W16A16", "W8A16", "W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4", "We2m1A16")
+PRECISIONS = ("W16A16", "W8A16", "W4A16", "W2A16", "W4A4", "We2m1A16")
 WEIGHT_BITS = {"W16": 16, "W8": 8, "W4": 4, "W3": 3, "W2": 2, "We2m1": 4}
 DAMAGE = {"W16": 1.0, "W8": 1.005, "W4": 1.07, "W3": 1.3, "W2": 2.4, "We2m1": 1.05}
 TILE = 24
@@ -34,10 +49,18 @@ def strip_png(rng: np.random.Generator, noise: float) -> bytes:
     return file.getvalue()
 
 
-def write_study(path: Path, *, failed: tuple[str, ...] = (), seeds: tuple[int, ...] = (0,)) -> Path:
-    """A study directory of 8 models x 9 precisions whose FD follows a power law in parameters and damage.
+def write_study(
+    path: Path,
+    *,
+    precisions: tuple[str, ...] = PRECISIONS,
+    sizes: tuple[str, ...] = tuple(SIZES),
+    seeds: tuple[int, ...] = (0,),
+    failed: tuple[str, ...] = (),
+    not_run: tuple[str, ...] = (),
+) -> Path:
+    """A study directory of two families whose FD follows a power law in parameters and damage.
 
-    failed: stems of cells that end in an error
+    failed, not_run: stems of cells that end in an error, and of cells without a record
     """
     rng = np.random.default_rng(0)
     cells_dir, samples_dir = path / "cells", path / "samples"
@@ -45,36 +68,30 @@ def write_study(path: Path, *, failed: tuple[str, ...] = (), seeds: tuple[int, .
     samples_dir.mkdir()
     configs = []
     for family in ("var", "dit"):
-        for size, (depth, width) in SIZES.items():
-            for precision in PRECISIONS:
+        for size in sizes:
+            depth, width = SIZES[size]
+            for precision in precisions:
                 for seed in seeds:
                     record = made_up_record(rng, family, size, depth, width, precision, seed)
                     config = record["config"]
                     configs.append({k: v for k, v in config.items() if k not in ("family", "size")})
                     stem = Cell.from_json(config).stem
+                    if stem in not_run:
+                        continue
                     if stem in failed:
-                        record.update(metrics={}, bits={}, error="ValueError: blocks.0.attn.qkv: NaN in <weights> & more")
+                        config.update(family="", size="")
+                        record.update(
+                            metrics={}, bits={}, error="ValueError: blocks.0.attn.qkv: NaN in <weights> & more"
+                        )
                     else:
-                        noise = 6 * (DAMAGE[precision.split("A")[0]] - 1) * 10
+                        noise = 60 * (DAMAGE[precision.split("A")[0]] - 1)
                         (samples_dir / f"{stem}.png").write_bytes(strip_png(rng, noise))
                     (cells_dir / f"{stem}.json").write_text(json.dumps(record))
     study = {
-        "name": "The ladder",
-        "created": "2026-11-21T09:00:00+00:00",
-        "description": "Two families at four sizes, quantized with min-max rounding at nine precisions.",
-        "protocol": {
-            "num_images": 2500,
-            "seeds": list(seeds),
-            "features": {"name": "ladder", "fingerprint": "9f3c2a71"},
-            "guidance": {"var": 2.0, "dit": 2.0},
-            "steps": {"var": 5, "dit": 20},
-            "sampler": {"var": "gumbel", "dit": "ddim"},
-            "labels": "balanced",
-            "rounding": "half up",
-            "reference": "ladder, 50000 images",
-        },
+        "name": "made up",
+        "description": "Two families at four sizes, quantized by rounding to nearest.",
         "cells": configs,
-        "versions": {"bitlaw": "0.1.0", "torch": "2.13.0", "python": "3.11.9"},
+        "versions": {"bitlaw": "0.1.0", "torch": "2.13.0"},
     }
     (path / "study.json").write_text(json.dumps(study))
     return path
@@ -118,7 +135,7 @@ def made_up_record(
         "metrics": {
             "fd": score(fd),
             "fd_reconstruction": score(fd * 0.8),
-            "sfd": score(fd * 2.1),
+            "sfd": {"value": fd * 2.1},
             "is": score(11.5 - fd * 0.3, 0.005),
             "kid": score(fd * 0.004, 0.1),
             "precision": score(0.95 - 0.03 * fd, 0.01),
@@ -132,8 +149,20 @@ def made_up_record(
             "compute_bits": compute,
             "compute_bits_used": compute * uses,
         },
-        "protocol": {},
-        "versions": {},
+        "protocol": {
+            "num_images": 2500,
+            "seed": seed,
+            "labels": "cyclic",
+            "guidance": 2.0,
+            "num_steps": {"var": 5, "dit": 20}[family],
+            "sampler": {"var": "gumbel", "dit": "ddim"}[family],
+            "rounding": "half up",
+            "features": "ladder",
+            "features_fingerprint": "9f3c2a71",
+            "reference": "ladder",
+            "num_reference": 50000,
+        },
+        "versions": {"bitlaw": "0.1.0"},
         "seconds": 3.2 + 1e-6 * parameters,
         "error": None,
     }
@@ -141,5 +170,30 @@ def made_up_record(
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete study but for one failed cell."""
-    return write_study(tmp_path_factory.mktemp("study") / "study", failed=("var-l--W2A16--rtn--s0",))
+    """A study that is complete but for one cell that failed and one that was not run."""
+    path = tmp_path_factory.mktemp("study") / "study"
+    return write_study(path, failed=("var-l--W2A16--rtn--s0",), not_run=("dit-l--W2A16--rtn--s0",))
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> Callable[..., Path]:
+    """`write_study` into an own directory."""
+    return lambda **grid: write_study(tmp_path / "study", **grid)
+
+
+@pytest.fixture(scope="session")
+def report(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `study`; few resamples, for nothing here depends on the width of an interval."""
+    return write_report(study, tmp_path_factory.mktemp("report") / "report.html", num_resamples=40)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.fail("the report is tested in Chromium, which is not installed: apt-get install chromium", pytrace=False)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()

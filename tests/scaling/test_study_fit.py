@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_best_by_budget_covers_the_range_without_gaps(small: StudyFit) -> None:
     segments = small.best_by_budget["var"]
     assert segments[0].low == pytest.approx(2e5)
     assert segments[-1].high == pytest.approx(1.28e7)
-    assert all(a.high == pytest.approx(b.low) for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a.high == pytest.approx(b.low) for a, b in pairwise(segments))
     assert [s.line.label for s in segments] == ["rtn W2", "rtn W4", "FP16"]
 
 

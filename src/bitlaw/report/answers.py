@@ -1,6 +1,6 @@
 """One family on one budget axis, ready to draw: curves, Pareto front, and the answer at every budget of the slider.
 
-    G budgets or places on a curve
+G budgets or places on a curve
 """
 
 from typing import Any

@@ -15,9 +15,11 @@ STEPS_PER_DECADE = 48
 LARGEST_BUDGET = 3.0  # times the largest model
 
 
-def fit_axes(results: Results) -> dict[str, StudyFit]:
+def fit_axes(results: Results, num_resamples: int) -> dict[str, StudyFit]:
     """The laws of the headline score on every axis."""
-    return {axis.key: fit(results.points, axis.key, results.score.key) for axis in results.axes}
+    return {
+        axis.key: fit(results.points, axis.key, results.score.key, num_resamples=num_resamples) for axis in results.axes
+    }
 
 
 def drawn_content(results: Results, fits: dict[str, StudyFit]) -> dict[str, Any]:

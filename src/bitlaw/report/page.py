@@ -18,20 +18,21 @@ from bitlaw.report.tables import escape
 TEMPLATE = files("bitlaw.report") / "template"
 
 
-def write_report(study_dir: Path | str, out: Path | str | None = None) -> Path:
+def write_report(study_dir: Path | str, out: Path | str | None = None, num_resamples: int = 500) -> Path:
     """Write the report of a study and return its path (default: report.html in the study's directory).
 
-    The file needs no network: plotly.js is embedded once, pictures are data URIs. Raises ValueError if the directory
-    holds no study, or no finished cell.
+    The file needs no network: plotly.js is embedded once, pictures are data URIs. num_resamples: refits behind the
+    intervals of the laws, as in `bitlaw.scaling.fit`. Raises ValueError if the directory holds no study, or no
+    finished cell.
     """
     path = Path(out) if out is not None else Path(study_dir) / "report.html"
-    write_text(path, render(read_results(study_dir)))
+    write_text(path, render(read_results(study_dir), num_resamples))
     return path
 
 
-def render(results: Results) -> str:
+def render(results: Results, num_resamples: int = 500) -> str:
     """The HTML of a study's results."""
-    fits = fit_axes(results)
+    fits = fit_axes(results, num_resamples)
     parts = {
         "title": escape(str(results.study["name"])),
         "lead": escape(str(results.study.get("description", ""))),

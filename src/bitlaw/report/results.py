@@ -30,8 +30,8 @@ METRICS = (
     Metric("sfd", "sFD", "spatial Fréchet distance"),
     Metric("kid", "KID", "kernel distance"),
     Metric("is", "IS", "inception score"),
-    Metric("precision", "precision", "share of generated images that look real"),
-    Metric("recall", "recall", "share of real images that are covered"),
+    Metric("precision", "P/R precision", "share of generated images that look real"),
+    Metric("recall", "P/R recall", "share of real images that are covered"),
     Metric("loss", "loss", "validation loss"),
 )
 HEADLINE = ("fd", "fid")
@@ -75,7 +75,7 @@ AXES = (
         "Compute per image",
         "compute per image",
         "bit²",
-        "The same, with each weight counted as often as drawing one image uses it (tokens and steps).",
+        "Weight bits times activation bits, each weight counted as often as one image uses it (tokens and steps).",
     ),
 )
 

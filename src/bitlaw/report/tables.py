@@ -100,10 +100,16 @@ def failed_section(results: Results) -> str:
         ]
         for record in results.failed
     ]
-    columns = [Column("Model", True), Column("Precision", True), Column("Method", True), Column("Seed"), Column("Error", True)]
+    columns = [
+        Column("Model", True),
+        Column("Precision", True),
+        Column("Method", True),
+        Column("Seed"),
+        Column("Error", True),
+    ]
     return (
         '<section aria-labelledby="failed-title"><h2 id="failed-title">Cells that failed</h2>'
-        '<p class="note">They are missing from everything above and below. Running the study again tries them again.</p>'
+        '<p class="note">They are missing from everything above and below. Run the study again to try them again.</p>'
         f"{table(columns, rows)}</section>"
     )
 
@@ -136,7 +142,8 @@ def protocol_section(results: Results) -> str:
 def for_each_axis(results: Results, fits: dict[str, StudyFit], part: Callable[[Axis, StudyFit], str]) -> str:
     """A part of the page for every axis; the script shows the one that is chosen, without it all are there."""
     return "".join(
-        f'<div data-axis="{axis.key}"><h3 class="axis-name">By {escape(axis.title)}</h3>{part(axis, fits[axis.key])}</div>'
+        f'<div data-axis="{axis.key}"><h3 class="axis-name">By {escape(axis.title)}</h3>'
+        f"{part(axis, fits[axis.key])}</div>"
         for axis in results.axes
     )
 
@@ -230,8 +237,7 @@ def claims_part(results: Results, axis: Axis, fitted: StudyFit) -> str:
         + table(best_columns, segments)
         + "<h4>Pairs that the data tell apart</h4>"
         + '<p class="muted small">Confidence is the least share of resamples that agree over the range, for each pair '
-        "alone. Pairs that are not listed are not told apart.</p>"
-        + table(columns, claims)
+        "alone. Pairs that are not listed are not told apart.</p>" + table(columns, claims)
     )
 
 

@@ -20,7 +20,9 @@ def table(study_dir: Path | str) -> Group:
     results = read_results(study_dir)
     axis = results.axes[0]
     cells = measured_cells(results.points, axis.key)
-    tables = [_family_table(results, family, [c for c in cells if c.line.family == family]) for family in results.families]
+    tables = [
+        _family_table(results, family, [c for c in cells if c.line.family == family]) for family in results.families
+    ]
     notes = [f"{results.score.label} ± half of its 95 % interval; bold: on the Pareto front of {axis.title}"]
     if results.failed:
         notes.append(f"failed: {len(results.failed)}")

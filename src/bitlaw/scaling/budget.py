@@ -3,8 +3,6 @@
 import math
 import re
 
-from bitlaw.names import unknown_name
-
 UNITS = {
     "bit": 1.0,
     "bits": 1.0,
@@ -39,7 +37,9 @@ def parse_bits(text: str) -> float:
     if not unit:
         raise ValueError(f"budget '{text}': a unit is missing; write {match[1]}MB or {match[1]}bits")
     if unit not in UNITS:
-        raise unknown_name(unit, UNITS, f"unit in budget '{text}':")
+        meant = [known for known in UNITS if known.lower() == unit.lower()]
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        raise ValueError(f"budget '{text}': unknown unit '{unit}'{hint} Known: {', '.join(UNITS)}")
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"budget '{text}': must be more than 0 and finite")
     return number * UNITS[unit]

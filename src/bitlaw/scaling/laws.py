@@ -218,12 +218,10 @@ def huber_fit(design_NP: Array, y_RN: Array, num_iterations: int = 60) -> Array:
     Where no residual exceeds HUBER this is ordinary least squares, and one step. All R problems are solved at once.
     """
     theta_RP = y_RN @ np.linalg.pinv(design_NP).T
-    for _ in range(num_iterations):
-        residual_RN = np.abs(y_RN - theta_RP @ design_NP.T)
-        robust = np.flatnonzero((residual_RN > HUBER).any(1))
-        if not len(robust):
-            break
-        weight_RN = HUBER / np.maximum(residual_RN[robust], HUBER)
+    robust = np.flatnonzero((np.abs(y_RN - theta_RP @ design_NP.T) > HUBER).any(1))
+    for _ in range(num_iterations if len(robust) else 0):
+        residual_RN = np.abs(y_RN[robust] - theta_RP[robust] @ design_NP.T)
+        weight_RN = HUBER / np.maximum(residual_RN, HUBER)
         gram_RPP = np.einsum("rn,np,nq->rpq", weight_RN, design_NP, design_NP, optimize=True)
         right_RP = (weight_RN * y_RN[robust]) @ design_NP
         new_RP = np.linalg.solve(gram_RPP, right_RP[..., None])[..., 0]
@@ -331,5 +329,5 @@ def choose(tried: Sequence[Candidate]) -> Candidate | None:
     scored = [(c.held_out, c) for c in tried if c.held_out is not None]
     if scored:
         least = min(error for error, _ in scored)
-        return next(c for error, c in scored if error <= 1.01 * least)
+        return next(c for error, c in scored if error <= 1.01 * least + 1e-6)
     return next((c for c in tried if c.law.form.name == PLAIN), tried[0] if tried else None)

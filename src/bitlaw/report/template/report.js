@@ -170,7 +170,7 @@ function drawRibbons() {
       const recipe = recipes[cell.recipe];
       const [left, right] = [first, Math.min(end + 1, last)].map((step) => (100 * step) / last);
       const width = ((right - left) / 100) * byId("ticks").clientWidth;
-      const label = [`${cell.size} ${recipe.label}`, cell.size].find((text) => text.length * 6.6 + 8 < width) ?? "";
+      const label = [`${cell.size} ${recipe.label}`, cell.size].find((text) => text.length * 7 + 8 < width) ?? "";
       ribbon.append(make("span", {
         "data-first": first, "data-last": end, class: end === last ? "open" : "",
         style: `left: ${left}%; width: ${right - left}%; color: light-dark(${recipe.light}, ${recipe.dark})`,
@@ -180,7 +180,7 @@ function drawRibbons() {
       const box = ribbon.getBoundingClientRect();
       byId("slider").value = state.step = Math.round((last * (event.clientX - box.left)) / box.width);
       drawAnswer();
-      moveBudgetLine();
+      moveBudget();
     });
     return ribbon;
   }));
@@ -228,6 +228,8 @@ function traces(family) {
     x: front.map((cell) => cell.bits[state.axis]), y: front.map((cell) => cell.metrics[score.key].value),
     mode: "lines", line: { color: faded(css("--muted"), 0.35), width: 7, shape: "hv" }, hoverinfo: "skip", showlegend: false,
   });
+  result.push({ ...chosenPoint(family), mode: "markers", hoverinfo: "skip", showlegend: false,
+    marker: { symbol: "circle-open", size: 20, color: css("--ink"), line: { width: 2 } } });
   return result;
 }
 
@@ -246,30 +248,30 @@ function layout(family) {
   const xTicks = logTicks(left / unit, right / unit, right / left > 300 ? [1] : [1, 3]).map((value) => value * unit);
   const yTicks = logTicks(bottom, top, top / bottom > 8 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8]);
   const [ink, line] = [css("--muted"), css("--line")];
+  const font = getComputedStyle(document.documentElement).fontFamily;
   const axis = { type: "log", gridcolor: line, linecolor: line, zeroline: false, tickmode: "array", fixedrange: coarse, automargin: true };
   return {
     uirevision: state.axis, dragmode: coarse ? false : "zoom", hovermode: "closest", showlegend: false,
     margin: { l: 48, r: 14, t: 10, b: 46 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.documentElement).fontFamily, size: 12, color: ink },
-    hoverlabel: { bgcolor: css("--surface"), bordercolor: line, align: "left", font: { color: css("--ink"), size: 12 } },
+    font: { family: font, size: 12, color: ink },
+    hoverlabel: { bgcolor: css("--surface"), bordercolor: line, align: "left", font: { color: css("--ink"), size: 12, family: font } },
     xaxis: { ...axis, title: { text: axes[state.axis].title, standoff: 10 }, range: [left, right].map(Math.log10),
       tickvals: xTicks, ticktext: xTicks.map((value) => amount(value)) },
     yaxis: { ...axis, title: { text: `${score.label} (lower is better)`, standoff: 6 }, range: [bottom, top].map(Math.log10),
       tickvals: yTicks, ticktext: yTicks.map((value) => digits(value, 2)) },
-    shapes: budgetLine(family),
+    shapes: budgetLine(),
   };
 }
 
-/** The slider's budget, and a ring round the cell it names. */
-function budgetLine(family) {
+function budgetLine() {
   const x = budgets[state.axis].values[state.step];
-  const lines = [{ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: css("--accent"), width: 1.5, dash: "dot" } }];
+  return [{ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: css("--accent"), width: 1.5, dash: "dot" } }];
+}
+
+/** Where the cell is that the slider's budget names. */
+function chosenPoint(family) {
   const { cell } = answersOf(family)[state.step];
-  if (cell !== null) {
-    lines.push({ type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: cells[cell].bits[state.axis],
-      yanchor: cells[cell].metrics[score.key].value, x0: -11, x1: 11, y0: -11, y1: 11, line: { color: css("--ink"), width: 2 } });
-  }
-  return lines;
+  return cell === null ? { x: [], y: [] } : { x: [cells[cell].bits[state.axis]], y: [cells[cell].metrics[score.key].value] };
 }
 
 const coarse = matchMedia("(pointer: coarse)").matches;
@@ -281,8 +283,12 @@ function drawPlots() {
   }
 }
 
-function moveBudgetLine() {
-  for (const family of families) Plotly.relayout(plotOf(family), { shapes: budgetLine(family.key) });
+function moveBudget() {
+  for (const family of families) {
+    const { x, y } = chosenPoint(family.key);
+    const plot = plotOf(family);
+    Plotly.update(plot, { x: [x], y: [y] }, { shapes: budgetLine() }, [plot.data.length - 1]);
+  }
 }
 
 // ---- sample pictures -------------------------------------------------------------------------------
@@ -384,7 +390,7 @@ radios(byId("sample-family"), "family", families.map(({ key, label }) => [key, l
 byId("slider").addEventListener("input", (event) => {
   state.step = Number(event.target.value);
   drawAnswer();
-  moveBudgetLine();
+  moveBudget();
 });
 byId("theme").addEventListener("click", () => {
   const root = document.documentElement;
