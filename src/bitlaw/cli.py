@@ -126,6 +126,7 @@ def quantize(
     import bitlaw
 
     _refuse_existing(out)
+    bitlaw.Precision.parse(precision)
     loaded = bitlaw.load(model)
     small = bitlaw.quantize(loaded, precision, method=method, protect=_protect(protect))
     small.save(out)

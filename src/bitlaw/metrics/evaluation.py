@@ -102,7 +102,8 @@ def score_images(
     """Every metric that the network and the reference allow: name -> (value, 95 % interval or None).
 
     fd, sfd: Fréchet distances; fd_reconstruction: to the family's own reconstructions of real images; is; kid;
-    precision and recall. ValueError if there are too few images for a covariance of the network's width.
+    precision and recall. sfd is left out where images are too few for its wider covariance.
+    ValueError if there are too few images for a covariance of the network's width.
     """
     features = _collect(network, images_NCHW)
     scores: dict[str, tuple[float, Interval | None]] = {}
@@ -114,7 +115,8 @@ def score_images(
     add_distance("fd", features.pooled_BD, reference.pooled)
     if family is not None and family in reference.reconstructions:
         add_distance("fd_reconstruction", features.pooled_BD, reference.reconstructions[family])
-    if features.spatial_BS is not None and reference.spatial is not None:
+    enough = reference.spatial is not None and len(images_NCHW) > reference.spatial.num_features
+    if features.spatial_BS is not None and reference.spatial is not None and enough:
         # No interval: resampling a few hundred features 200 times costs more than drawing the images.
         scores["sfd"] = (frechet_distance(FeatureStatistics.of(features.spatial_BS), reference.spatial), None)
     if features.logprobs_BC is not None:

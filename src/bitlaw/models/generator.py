@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix
+from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix, write_model
 
 Phase = Literal["embed", "blocks", "head"]
 
@@ -220,10 +220,11 @@ class ImageGenerator(ABC, Generic[StateT]):
         return torch.cat(images)
 
     def save(self, directory: Path | str) -> None:
-        """Write a checkpoint directory; `bitlaw.load` of it gives the same numbers, bit for bit."""
-        from bitlaw.models.loading import save  # it knows the families, which are subclasses of this
+        """Write a checkpoint directory, atomically; `bitlaw.load` of it gives the same numbers, bit for bit.
 
-        save(self, directory)
+        Numbers that are not quantized are stored in `storage_dtype`. Raises ValueError for one that does not fit it.
+        """
+        write_model(directory, *self.to_checkpoint(), self.net, self.storage_dtype, self.provenance)
 
     def net_tensors(self) -> dict[str, Tensor]:
         """The network's tensors under official keys, without quantized weights and without the tokenizer."""

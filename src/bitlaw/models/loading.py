@@ -1,28 +1,26 @@
-"""Load a model in one line, quantized or not, and save it.
+"""Load a model in one line, quantized or not.
 
 bitlaw.load("ladder/var-s")        a built-in model
-bitlaw.load("var-s-w4a8")          a directory that `save` or `bitlaw quantize` wrote
+bitlaw.load("var-s-w4a8")          a directory that `model.save` or `bitlaw quantize` wrote
 """
 
 from collections.abc import Iterator
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitlaw.install import install, plan_of
+from bitlaw.install import install
 from bitlaw.models import FAMILIES
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.models.storage import CONFIG_FILE, QUANTIZATION_FILE, TENSORS_FILE, read_checkpoint, write_checkpoint
+from bitlaw.models.storage import CONFIG_FILE, FORMAT_VERSION, QUANTIZATION_FILE, TENSORS_FILE, read_checkpoint
 from bitlaw.names import lookup, unknown_name
-from bitlaw.packing import pack_network, unpack_network
+from bitlaw.packing import unpack_network
 from bitlaw.precision import BitPlan
 from bitlaw.quantized import QuantizedTensor
 
 LADDER_PREFIX = "ladder/"
-FORMAT_VERSION = 1
 
 
 def ladder_names() -> list[str]:
@@ -66,29 +64,6 @@ def load(source: str | Path) -> ImageGenerator[Any]:
         model.net = install(model.net, plan, quantized, model.clock)
         model.provenance = quantization.get("provenance", {})
     return model
-
-
-def save(model: ImageGenerator[Any], directory: Path | str) -> None:
-    """Write a checkpoint directory, atomically; loading it gives the same numbers, bit for bit.
-
-    Numbers that are not quantized are stored in `model.storage_dtype`. Raises ValueError if that would change them.
-    """
-    config, tensors = model.to_checkpoint()
-    stored = {}
-    for name, tensor in tensors.items():
-        stored[name] = tensor.to(model.storage_dtype) if tensor.is_floating_point() else tensor
-        if not stored[name].isfinite().all():
-            raise ValueError(f"{name}: does not fit {model.storage_dtype}; set storage_dtype to a wider type")
-    config["dtype"] = str(model.storage_dtype).removeprefix("torch.")
-    quantization = None
-    if (plan := plan_of(model.net)) is not None:
-        stored |= pack_network(model.net)
-        quantization = {
-            "format_version": FORMAT_VERSION,
-            "plan": plan.to_json(),
-            "provenance": {**model.provenance, "bitlaw": version("bitlaw"), "torch": version("torch")},
-        }
-    write_checkpoint(directory, config, stored, quantization)
 
 
 def _read_plan(quantization: dict[str, Any], path: Path) -> BitPlan:

@@ -7,6 +7,7 @@ names the file and the tensor.
 
 import json
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitlaw.files import replacing_directory, write_json
+from bitlaw.install import plan_of
+from bitlaw.packing import pack_network
 
 CONFIG_FILE, QUANTIZATION_FILE = "config.json", "bitlaw.json"
 TENSORS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.safetensors"
 TOKENIZER_PREFIX = "tokenizer."
+FORMAT_VERSION = 1
 
 
 class Checkpoint(NamedTuple):
@@ -48,6 +52,34 @@ def write_checkpoint(
             _save(tokenizer, temporary / TOKENIZER_FILE)
         if quantization is not None:
             write_json(temporary / QUANTIZATION_FILE, dict(quantization))
+
+
+def write_model(
+    directory: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    net: nn.Module,
+    dtype: torch.dtype,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a model: `tensors` in `dtype`, the quantized weights of `net` packed, and the plan they follow.
+
+    Raises ValueError for a number that `dtype` cannot hold.
+    """
+    stored = {}
+    for name, tensor in tensors.items():
+        stored[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not stored[name].isfinite().all():
+            raise ValueError(f"{name}: does not fit {dtype}; set storage_dtype to a wider type")
+    quantization = None
+    if (plan := plan_of(net)) is not None:
+        stored |= pack_network(net)
+        quantization = {
+            "format_version": FORMAT_VERSION,
+            "plan": plan.to_json(),
+            "provenance": {**provenance, "bitlaw": version("bitlaw"), "torch": version("torch")},
+        }
+    write_checkpoint(directory, {**config, "dtype": str(dtype).removeprefix("torch.")}, stored, quantization)
 
 
 def read_checkpoint(directory: Path | str) -> Checkpoint:
