@@ -7,7 +7,19 @@ from scipy.optimize import least_squares
 
 from bitlaw.scaling.cells import Line, Measured, Table, measured_cells
 from bitlaw.scaling.family_law import fit_family
-from bitlaw.scaling.laws import FORMS, HUBER, candidates, choose, fit_law, held_out_errors, huber_fit, predict_at
+from bitlaw.scaling.laws import (
+    FORMS,
+    HUBER,
+    MAX_FLOOR,
+    candidates,
+    choose,
+    fit_floors,
+    fit_law,
+    held_out_errors,
+    huber_fit,
+    log_score,
+    predict_at,
+)
 from bitlaw.scaling.points import Point
 from bitlaw.scaling.resampling import Scatter, resample
 
@@ -84,6 +96,33 @@ def test_huber_fit_is_scipys_huber_fit() -> None:
         oracle = least_squares(residual, np.zeros(2), loss="huber", f_scale=HUBER, xtol=1e-12, ftol=1e-14, gtol=1e-12)
         np.testing.assert_allclose(theta, oracle.x, atol=1e-4)  # both stop short of the optimum by about this
     assert np.abs(found[2] - [1, 2]).max() < 0.15 < np.abs(np.polyfit(design[:, 1], y_RN[2], 1)[::-1] - [1, 2]).max()
+
+
+def test_floors_are_scipys_floors() -> None:
+    """All resamples at once, against one at a time by least_squares within bounds; some end at a bound."""
+    rng = np.random.default_rng(0)
+    table = Table.of(made(shared(1.5)))
+    law = fit_law(FORMS["shared exponent + floor"], table)
+    y_RN = law.fitted_N + 0.15 * rng.standard_normal((12, len(law.fitted_N)))
+    y_RN[3, 2] += 1.5  # an outlier
+    lowest = math.exp(table.log_score_N.min())
+    start_RP, share_R = np.tile(law.theta_P, (12, 1)), np.full(12, law.floor / lowest)
+    cost_R, _, floor_R = fit_floors(law.design_NP, y_RN, start_RP, share_R, lowest)
+    low, high = np.full(len(law.theta_P) + 1, -np.inf), np.full(len(law.theta_P) + 1, np.inf)
+    low[-1], high[-1] = 0.0, MAX_FLOOR
+    for cost, floor, y_N in zip(cost_R, floor_R, y_RN, strict=True):
+
+        def residual(z, y_N=y_N):
+            return log_score(law.design_NP @ z[:-1], float(z[-1]) * lowest) - y_N
+
+        start = np.append(law.theta_P, law.floor / lowest)
+        oracle = least_squares(
+            residual, start, bounds=(low, high), loss="huber", f_scale=HUBER, xtol=1e-10, ftol=1e-10, max_nfev=400
+        )
+        assert cost <= 2 * oracle.cost * (1 + 1e-6)  # scipy halves the sum of losses
+        assert cost >= 2 * oracle.cost * (1 - 1e-3)  # it may stop a little short of the optimum
+        assert 0 <= floor <= MAX_FLOOR * lowest
+    assert (floor_R < 1e-9).any() or (floor_R > 0.98 * lowest).any()
 
 
 def test_held_out_error_is_of_models_never_seen() -> None:

@@ -212,7 +212,7 @@ def claims_part(results: Results, axis: Axis, fitted: StudyFit) -> str:
             Entry(family_label(family)),
             Entry(escape(results.recipe_key(segment.line))),
             *_range_entries(segment, axis),
-            Entry(f"{100 * segment.share_low:.0f}–{100 * segment.share_high:.0f} %", segment.share_low),
+            Entry(f"{_percent(segment.share_low)} to {_percent(segment.share_high)}", segment.share_low),
         ]
         for family, found in fitted.best_by_budget.items()
         for segment in found
@@ -223,7 +223,7 @@ def claims_part(results: Results, axis: Axis, fitted: StudyFit) -> str:
             Entry(escape(results.recipe_key(claim.better))),
             Entry(escape(results.recipe_key(claim.worse))),
             *_range_entries(claim, axis),
-            Entry(f"{100 * claim.confidence:.0f} %", claim.confidence),
+            Entry(_percent(claim.confidence), claim.confidence),
             Entry("measured" if claim.measured else '<span class="badge">extrapolates</span>'),
         ]
         for claim in sorted(fitted.claims, key=lambda c: (not c.measured, -c.confidence))
@@ -330,6 +330,11 @@ def _range_entries(found: Segment | Claim, axis: Axis) -> list[Entry]:
 
 def _span(low: float, high: float) -> str:
     return f'<span class="pm">({format_score(low)}–{format_score(high)})</span>'
+
+
+def _percent(share: float) -> str:
+    """A share of resamples; never 100 %, which resampling cannot show."""
+    return "> 99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
 def _verdict(inside: bool) -> str:

@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from bitlaw.scaling.cells import Array, Indices, Line, Measured, Table
 
@@ -198,18 +197,14 @@ def fit_law(form: Form, table: Table) -> Law | None:
     if design.shape[0] < design.shape[1] + form.floor or np.linalg.matrix_rank(design) < design.shape[1]:
         return None
     y_N = table.log_score_N
-    theta_P = huber_fit(design, y_N[None])[0]
     if not form.floor:
-        return Law(form, table, basis, theta_P, 0.0)
+        return Law(form, table, basis, huber_fit(design, y_N[None])[0], 0.0)
     lowest = math.exp(y_N.min())
-    best: tuple[float, Array, float] | None = None
-    for share in (0.0, 0.3, 0.6, 0.9):
-        start_P = huber_fit(design, np.log(np.exp(y_N) - share * lowest)[None])[0]
-        found = fit_floor(design, y_N, start_P, share, lowest)
-        if best is None or found[0] < best[0] * (1 - 1e-9):
-            best = found
-    assert best is not None
-    return Law(form, table, basis, best[1], best[2])
+    share_R = np.array([0.0, 0.3, 0.6, 0.9])
+    start_RP = huber_fit(design, np.log(np.exp(y_N) - share_R[:, None] * lowest))
+    cost_R, theta_RP, floor_R = fit_floors(design, np.tile(y_N, (len(share_R), 1)), start_RP, share_R, lowest)
+    best = int(np.flatnonzero(cost_R <= cost_R.min() * (1 + 1e-9))[0])
+    return Law(form, table, basis, theta_RP[best], float(floor_R[best]))
 
 
 def huber_fit(design_NP: Array, y_RN: Array, num_iterations: int = 60) -> Array:
@@ -232,24 +227,56 @@ def huber_fit(design_NP: Array, y_RN: Array, num_iterations: int = 60) -> Array:
     return theta_RP
 
 
-def fit_floor(design: Array, y_N: Array, theta_P: Array, share: float, lowest: float) -> tuple[float, Array, float]:
-    """(cost, theta, floor) of least Huber loss from a start; the floor is sought between 0 and the lowest score."""
+def fit_floors(
+    design_NP: Array, y_RN: Array, theta_RP: Array, share_R: Array, lowest: float, num_iterations: int = 200
+) -> tuple[Array, Array, Array]:
+    """(cost (R,), theta (R, P), floor (R,)) of least Huber loss for R sets of scores from R starts, all at once.
 
-    def residual(z: Array) -> Array:
-        return log_score(design @ z[:-1], float(z[-1]) * lowest) - y_N
+    Levenberg-Marquardt on the iteratively reweighted problem, a few hundred times faster than one call of
+    `scipy.optimize.least_squares` for each set, to which it is tested equal. The floor is sought as a share of `lowest`
+    between 0 and MAX_FLOOR; one that is pushed out of its bounds stays there.
+    """
+    z_RQ = np.concatenate([theta_RP, np.clip(share_R, 1e-3, MAX_FLOOR - 1e-3)[:, None]], axis=1)
+    damping_R = np.full(len(y_RN), 1e-3)
+    active = np.arange(len(y_RN))
+    residual_RN = _floor_residual(design_NP, z_RQ, y_RN, lowest)
+    cost_R = _huber(residual_RN)
+    for _ in range(num_iterations):
+        z, residual = z_RQ[active], residual_RN[active]
+        total = residual + y_RN[active]
+        by_theta = np.exp(z[:, :-1] @ design_NP.T - total)[..., None] * design_NP
+        jacobian = np.concatenate([by_theta, lowest * np.exp(-total)[..., None]], axis=2)
+        weighted = jacobian * np.minimum(1, HUBER / np.maximum(np.abs(residual), 1e-12))[..., None]
+        gram, gradient = weighted.transpose(0, 2, 1) @ jacobian, (weighted * residual[..., None]).sum(1)
+        stuck = ((z[:, -1] <= 0) & (gradient[:, -1] > 0)) | ((z[:, -1] >= MAX_FLOOR) & (gradient[:, -1] < 0))
+        gram[stuck, -1, :] = gram[stuck, :, -1] = 0
+        gram[stuck, -1, -1], gradient[stuck, -1] = 1, 0
+        diagonal = np.einsum("rqq->rq", gram)  # a view
+        diagonal += damping_R[active, None] * diagonal + 1e-12
+        moved = z - np.linalg.solve(gram, gradient[..., None])[..., 0]
+        moved[:, -1] = np.clip(moved[:, -1], 0, MAX_FLOOR)
+        moved_residual = _floor_residual(design_NP, moved, y_RN[active], lowest)
+        moved_cost = _huber(moved_residual)
+        better = moved_cost <= cost_R[active]
+        gain = (cost_R[active] - moved_cost) / np.maximum(cost_R[active], 1e-30)
+        won = active[better]
+        z_RQ[won], residual_RN[won], cost_R[won] = moved[better], moved_residual[better], moved_cost[better]
+        damping_R[active] = np.where(better, np.maximum(damping_R[active] / 5, 1e-9), damping_R[active] * 4)
+        active = active[~((better & (gain < 1e-9)) | (damping_R[active] > 1e8))]
+        if not len(active):
+            break
+    return cost_R, z_RQ[:, :-1], z_RQ[:, -1] * lowest
 
-    def jacobian(z: Array) -> Array:
-        full = _jacobian(design, z[:-1], float(z[-1]) * lowest)
-        full[:, -1] *= lowest
-        return full
 
-    low, high = np.full(len(theta_P) + 1, -np.inf), np.full(len(theta_P) + 1, np.inf)
-    low[-1], high[-1] = 0.0, MAX_FLOOR
-    start = np.append(theta_P, np.clip(share, 1e-3, MAX_FLOOR - 1e-3))
-    found = least_squares(
-        residual, start, jacobian, bounds=(low, high), loss="huber", f_scale=HUBER, max_nfev=200, ftol=1e-9, xtol=1e-9
-    )
-    return float(found.cost), found.x[:-1], float(found.x[-1]) * lowest
+def _floor_residual(design_NP: Array, z_RQ: Array, y_RN: Array, lowest: float) -> Array:
+    """(R, N) fitted minus given log scores; the last column of z is the floor as a share of `lowest`."""
+    return log_score(z_RQ[:, :-1] @ design_NP.T, z_RQ[:, -1:] * lowest) - y_RN
+
+
+def _huber(residual_RN: Array) -> Array:
+    """(R,) sums of Huber's loss: squares within HUBER, linear beyond."""
+    size = np.abs(residual_RN)
+    return np.asarray(np.where(size <= HUBER, size**2, 2 * HUBER * size - HUBER**2).sum(1))
 
 
 def log_score(log_power: Array, floor: float | Array) -> Array:

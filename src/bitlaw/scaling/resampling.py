@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import digamma
 
 from bitlaw.scaling.cells import Array, Indices, Measured
-from bitlaw.scaling.laws import Law, fit_floor, huber_fit, log_score
+from bitlaw.scaling.laws import Law, fit_floors, huber_fit, log_score
 
 LEVEL = 0.95
 COMMON_DOF = 3.0  # what the spread common to all lines counts for in the spread of one
@@ -141,9 +141,9 @@ def resample(law: Law, count: int, rng: np.random.Generator) -> ResampledLaw:
     if not law.form.floor:
         return ResampledLaw(law, scatter, huber_fit(law.design_NP, y_RN), np.zeros(count))
     lowest = math.exp(table.log_score_N.min())
-    share = law.floor / lowest
-    fits = [fit_floor(law.design_NP, y_N, law.theta_P, share, lowest) for y_N in y_RN]
-    return ResampledLaw(law, scatter, np.stack([f[1] for f in fits]), np.array([f[2] for f in fits]))
+    start_RP, share_R = np.tile(law.theta_P, (count, 1)), np.full(count, law.floor / lowest)
+    _, theta_RP, floor_R = fit_floors(law.design_NP, y_RN, start_RP, share_R, lowest)
+    return ResampledLaw(law, scatter, theta_RP, floor_R)
 
 
 def interval(values: Array) -> tuple[float, float]:

@@ -124,7 +124,7 @@ function card(family, answer, budget) {
         make("span", { class: "muted" }, ` · measured · ${amount(cell.bits[state.axis])}`)));
     if (answer.ties.length) {
       parts.push(make("p", { class: "muted small" },
-        `Not clearly worse: ${answer.ties.map((id) => `${cellName(cells[id])} (${fixed(cells[id].metrics[score.key].value)})`).join(", ")}.`));
+        `Intervals overlap with ${answer.ties.map((id) => `${cellName(cells[id])} (${fixed(cells[id].metrics[score.key].value)})`).join(", ")}.`));
     }
   }
   if (answer.law) parts.push(make("p", { class: "small" }, `By the law: ${lawText(answer.law)}`));
@@ -142,7 +142,7 @@ function lawText({ recipe, score: found, low, high, parameters: count, smaller, 
   if (smaller === null) where = `smaller than ${larger}`;
   if (larger === null) where = `larger than ${smaller}`;
   return `${recipes[recipe].label} with about ${parameters(count)} parameters (${where}), ` +
-    `${score.label} ${fixed(found)}${range(low, high)}, lowest in ${Math.round(100 * share)} % of resamples.`;
+    `${score.label} ${fixed(found)}${range(low, high)}, lowest in ${share > 0.99 ? "> 99" : Math.round(100 * share)} % of resamples.`;
 }
 
 function drawTicks() {
