@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from bitlaw.models.generator import ImageGenerator
+    from bitlaw.scaling.sweep import Progress as StudyProgress
     from bitlaw.scaling.sweep import Study
 
 app = typer.Typer(
@@ -45,9 +46,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         error_console.print(f"[red]error:[/red] {_escape(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        error_console.print("interrupted; what was finished is kept, run the same command to go on")
-        sys.exit(130)
 
 
 @app.command(epilog="Example: `bitlaw study --out study` · `bitlaw study experiments/formats.py --out formats`")
@@ -59,6 +57,8 @@ def study(
 ) -> None:
     """Run a study (default: the built-in ladder), resume it, print the table, write the report."""
     from bitlaw.engine import LocalEngine
+    from bitlaw.report import table, write_report
+    from bitlaw.scaling.points import read_points, write_points
     from bitlaw.scaling.sweep import LADDER_STUDY, estimate, missing_cells, open_study, run_study
 
     chosen = LADDER_STUDY if file is None else _read_study(file)
@@ -74,33 +74,37 @@ def study(
             f"{_minutes(expected.wall_seconds(cells, engine.workers))} on {engine.workers} processes "
             f"of {expected.process_bytes / 1e9:.1f} GB each"
         )
-        failed = 0
-        with _progress("cells", len(cells)) as advance:
-            for progress in run_study(chosen, directory, expected, engine):
-                record = progress.record
-                name = f"{record.cell.model} {record.cell.precision}"
-                if record.error is not None:
-                    failed += 1
-                    error_console.print(f"[red]{name} failed:[/red] {_escape(record.error)}")
-                    advance(1, name)
-                else:
-                    left = _minutes(progress.left_wall_seconds)
-                    advance(1, f"{name}: FD {record.metrics['fd']['value']:.2f}, {left} left")
+        try:
+            failed = _run_cells(run_study(chosen, directory, expected, engine), len(cells))
+        except KeyboardInterrupt:
+            error_console.print("interrupted; finished cells are kept, the same command goes on with the others")
+            raise typer.Exit(130) from None
         if failed:
             error_console.print(f"{failed} cells failed; the same command tries them again")
     else:
         out_console.print(f"study '{chosen.name}': all {total} cells are done")
-    _finish_study(out, report_file)
-
-
-def _finish_study(directory: Path, report_file: bool) -> None:
-    from bitlaw.report import table, write_report
-    from bitlaw.scaling.points import read_points, write_points
-
-    write_points(directory / "points.csv", read_points(directory))
-    out_console.print(table(directory))
+    write_points(out / "points.csv", read_points(out))
+    out_console.print(table(out))
+    if report_file and (cells or not (out / "report.html").exists()):
+        write_report(out)
     if report_file:
-        out_console.print(f"report: {write_report(directory)}")
+        out_console.print(f"report: {out / 'report.html'}")
+
+
+def _run_cells(steps: "Iterator[StudyProgress]", total: int) -> int:
+    """Show the progress of a study to its end; the number of cells that failed."""
+    failed = 0
+    with _progress("cells", total) as advance:
+        for step in steps:
+            name = f"{step.record.cell.model} {step.record.cell.precision}"
+            if step.record.error is not None:
+                failed += 1
+                error_console.print(f"[red]{name} failed:[/red] {_escape(step.record.error)}")
+                advance(1, name)
+            else:
+                left = _minutes(step.left_wall_seconds)
+                advance(1, f"{name}: FD {step.record.metrics['fd']['value']:.2f}, {left} left")
+    return failed
 
 
 def _read_study(file: Path) -> "Study":
@@ -292,13 +296,14 @@ def ladder_train(
 def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with the time left on a terminal; elsewhere a plain line whenever there is something to say."""
     if not out_console.is_terminal:
+        done = 0
 
         def plain(count: int, text: str = "") -> None:
-            nonlocal_done[0] += count
+            nonlocal done
+            done += count
             if text:
-                print(f"[{nonlocal_done[0]}/{total}] {text}", flush=True)
+                print(f"[{done}/{total}] {text}", flush=True)
 
-        nonlocal_done = [0]
         yield plain
         return
     columns = (
