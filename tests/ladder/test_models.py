@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_loss_is_monotone_in_weight_bits(name: str) -> None:
 def test_larger_models_are_better_in_full_precision(family: str) -> None:
     """By the scores shipped beside the weights: every seed of a size is better than every seed of the next smaller."""
     runs = [json.loads((WEIGHTS / f"{family}-{size}" / "metrics.json").read_text()) for size in SIZES]
-    for smaller, larger in zip(runs, runs[1:], strict=False):
+    for smaller, larger in pairwise(runs):
         assert larger["loss"] < smaller["loss"]
         assert max(run["fd"] for run in larger["runs"]) < min(run["fd"] for run in smaller["runs"])
 

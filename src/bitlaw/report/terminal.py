@@ -12,7 +12,7 @@ from bitlaw.scaling.cells import measured_cells
 
 
 def table(study_dir: Path | str) -> Group:
-    """For each family a table of models by precisions: the score and half the width of its interval.
+    """For each family a table of precisions by models: the score and half the width of its interval.
 
     Bold: on the Pareto front of size as stored, where no other cell of the family is as small and as good. Seeds are
     averaged as for the laws. Raises ValueError if there is no study or no finished cell.
@@ -34,14 +34,16 @@ def table(study_dir: Path | str) -> Group:
 def _family_table(results: Results, family: str, cells: list[Measured]) -> Table:
     front = pareto_front(cells)
     found = {(cell.model, results.recipe_key(cell.line)): cell for cell in cells}
+    # Sizes are few and precisions many: precisions as rows fit a terminal of 80 columns.
+    models = list(dict.fromkeys(cell.model for cell in cells))
     shown = Table(title=family_label(family), title_justify="left", title_style="bold")
-    shown.add_column("model", no_wrap=True)
-    used = [key for key in results.recipes if any(key == recipe for _, recipe in found)]
-    for recipe in used:
-        shown.add_column(recipe, justify="right", no_wrap=True)
-    for model in dict.fromkeys(cell.model for cell in cells):
-        entries = [found.get((model, recipe)) for recipe in used]
-        shown.add_row(short_model(model), *(Text("–") if e is None else _score(e, e in front) for e in entries))
+    shown.add_column("precision", no_wrap=True)
+    for model in models:
+        shown.add_column(short_model(model), justify="right", no_wrap=True)
+    for recipe in results.recipes:
+        entries = [found.get((model, recipe)) for model in models]
+        if any(entries):
+            shown.add_row(recipe, *(Text("–") if e is None else _score(e, e in front) for e in entries))
     return shown
 
 
