@@ -7,7 +7,7 @@ from torch import nn
 
 from bitlaw.names import unknown_name
 from bitlaw.precision import BitPlan
-from bitlaw.quantized import ActivationSpec, Clock, FakeQuant, QuantizedTensor, QuantLinear, WeightSpec
+from bitlaw.quantized import ActivationSpec, Clock, FakeQuant, QuantizedTensor, QuantLinear, WeightSpec, all_finite
 
 ATTENTION_OPERANDS = ("quant_q", "quant_k", "quant_v")
 """Attributes of an attention module that see its operands; identities in full precision."""
@@ -50,7 +50,7 @@ def check_plan(net: nn.Module, plan: BitPlan) -> None:
         elif precision := plan.weight(name):
             if problem := WeightSpec.of(precision).problem(module.in_features):
                 problems.append(f"{name}: {problem}")
-            if not module.weight.isfinite().all():
+            if not all_finite(module.weight):
                 problems.append(f"{name}.weight: NaN or Inf in the weights; nothing can be quantized from them")
         parent = modules.get(name.rpartition(".")[0])
         if any(p.attention for p in plan[name]) and not all(hasattr(parent, operand) for operand in ATTENTION_OPERANDS):

@@ -134,6 +134,8 @@ def _pack_rows(codes: Tensor, width: int) -> Tensor:
     """Codes (rows, count) as int32 (rows, words)."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # slow to import
 
+    if codes.dtype == torch.int8:
+        return pack_to_int32(codes, width)
     patterns = codes.to(torch.int32) + (0 if codes.dtype == torch.uint8 else 1 << (width - 1))
     planes = [(patterns, width)] if width <= 8 else [(patterns & 0xFF, 8), (patterns >> 8, width - 8)]
     # The packer takes signed codes and adds half of their range itself.

@@ -21,6 +21,11 @@ class Clock(Protocol):
     step: int
 
 
+def all_finite(x: Tensor) -> bool:
+    """No NaN and no Inf. They stay in a sum, which is cheaper than asking each number, but which may overflow."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
 # ---- weights ------------------------------------------------------------------------------------------
 
 
@@ -67,7 +72,7 @@ class WeightSpec:
         self, weight: Tensor, clip: float = 1.0, importance_I: Tensor | None = None, name: str = "weight"
     ) -> "QuantizedTensor":
         """Each weight to the nearest code. ValueError, with `name`, for NaN, Inf or groups that do not divide."""
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             raise ValueError(f"{name}: NaN or Inf in the weights; nothing can be quantized from them")
         if problem := self.problem(weight[0].numel()):
             raise ValueError(f"{name}: {problem}")
