@@ -324,9 +324,14 @@ def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) ->
 
     bits = count_bits(model)
     if as_json:
-        return json.dumps(
-            {"name": name, "family": model.family, "bits": bits.to_json(), "provenance": model.provenance}, indent=2
-        )
+        content = {
+            "name": name,
+            "family": model.family,
+            "parameters": bits.parameters,
+            "bits": bits.to_json(),
+            "provenance": dict(model.provenance),
+        }
+        return json.dumps(content, indent=2)
     return f"{name}: {model.family}, {model.num_classes} classes, {model.image_size} px\n{describe_bits(model, bits)}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bitlaw.engine import LocalEngine
+from bitlaw.scaling.points import read_points, write_points
 from bitlaw.scaling.records import Cell, Record, StudyDirectory
 from bitlaw.scaling.sweep import Study, estimate, missing_cells, open_study, run_cell, run_study
 
@@ -60,6 +61,15 @@ def test_every_cell_has_its_scores_bits_and_picture(undisturbed: Path) -> None:
         assert fd["low"] < fd["value"] < fd["high"]
         assert record.bits["model_bits"] > 0
         assert StudyDirectory(undisturbed).samples(record.cell).exists()
+
+
+def test_its_points_are_the_same_from_a_csv(undisturbed: Path, tmp_path: Path) -> None:
+    points = read_points(undisturbed)
+    write_points(tmp_path / "points.csv", points)
+    again = read_points(tmp_path / "points.csv")
+    assert [(p.model, p.precision, p.parameters, p.bits, p.score) for p in again] == [
+        (p.model, p.precision, p.parameters, p.bits, p.score) for p in points
+    ]
 
 
 def test_a_second_run_has_nothing_to_do(undisturbed: Path) -> None:

@@ -45,8 +45,8 @@ class BitCount:
         return self.model_bits / self.parameters
 
     def to_json(self) -> dict[str, float]:
-        """For a record; the names are the budget axes."""
-        return asdict(self)
+        """For a record: the budget axes by name."""
+        return {name: value for name, value in asdict(self).items() if name != "parameters"}
 
 
 @dataclass(frozen=True)
