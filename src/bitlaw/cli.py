@@ -176,6 +176,7 @@ def evaluate(
     import bitlaw
     from bitlaw.files import write_text
     from bitlaw.metrics.evaluation import feature_network, load_reference, score_images
+    from bitlaw.metrics.protocol import score_json
     from bitlaw.metrics.samples import read_samples
 
     path = Path(model)
@@ -185,7 +186,7 @@ def evaluate(
         target = load_reference(reference, network)
         images = read_samples(path)
         scores = score_images(images, network, target)
-        result = {name: _score(value, interval) for name, (value, interval) in scores.items()}
+        result = {name: score_json(value, interval) for name, (value, interval) in scores.items()}
         result["protocol"] = {
             "images": path.name,
             "num_images": len(images),
@@ -200,7 +201,7 @@ def evaluate(
             scored = bitlaw.evaluate(
                 loaded, reference, samples, seed=seed, features=features, guidance=guidance, progress=advance
             )
-        result = {name: _score(score.value, score.interval) for name, score in scored.items()}
+        result = {name: score_json(score.value, score.interval) for name, score in scored.items()}
         result["protocol"] = next(iter(scored.values())).protocol.as_dict()
     text = json.dumps(result, indent=2)
     if out is not None:
@@ -333,10 +334,6 @@ def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) ->
         }
         return json.dumps(content, indent=2)
     return f"{name}: {model.family}, {model.num_classes} classes, {model.image_size} px\n{describe_bits(model, bits)}"
-
-
-def _score(value: float, interval: Any) -> dict[str, float]:
-    return {"value": value} | ({"low": interval.low, "high": interval.high} if interval else {})
 
 
 def _labels(text: str) -> list[int]:

@@ -115,10 +115,10 @@ def score_images(
     add_distance("fd", features.pooled_BD, reference.pooled)
     if family is not None and family in reference.reconstructions:
         add_distance("fd_reconstruction", features.pooled_BD, reference.reconstructions[family])
-    enough = reference.spatial is not None and len(images_NCHW) > reference.spatial.num_features
-    if features.spatial_BS is not None and reference.spatial is not None and enough:
+    spatial_NS, spatial = features.spatial_BS, reference.spatial
+    if spatial_NS is not None and spatial is not None and len(spatial_NS) > spatial.num_features:
         # No interval: resampling a few hundred features 200 times costs more than drawing the images.
-        scores["sfd"] = (frechet_distance(FeatureStatistics.of(features.spatial_BS), reference.spatial), None)
+        scores["sfd"] = (frechet_distance(FeatureStatistics.of(spatial_NS), spatial), None)
     if features.logprobs_BC is not None:
         interval = inception_score_interval(features.logprobs_BC)
         scores["is"] = (inception_score(features.logprobs_BC, num_splits=1).mean, interval)

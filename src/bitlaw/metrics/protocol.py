@@ -29,6 +29,11 @@ class Interval(NamedTuple):
         return cls(*(value + float(deviation_K.quantile(q)) for q in (tail, 1 - tail)))
 
 
+def score_json(value: float, interval: Interval | None) -> dict[str, float]:
+    """A score for JSON: value, and low and high where it has an interval."""
+    return {"value": value} | ({"low": interval.low, "high": interval.high} if interval else {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """Everything besides the model that a score depends on.

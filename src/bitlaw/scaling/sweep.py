@@ -32,6 +32,7 @@ from bitlaw.metrics.evaluation import (
     score_images,
 )
 from bitlaw.metrics.features import FeatureNetwork
+from bitlaw.metrics.protocol import score_json
 from bitlaw.metrics.samples import image_grid
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.models.loading import load
@@ -130,12 +131,10 @@ def run_cell(cell: Cell) -> CellResult:
         model = quantize(model, precision, method=cell.method, protect=cell.protect)
     bits = count_bits(model)
     images = model.generate(cyclic_labels(cell.num_images, model.num_classes), cell.seed)
-    metrics: dict[str, dict[str, float]] = {}
-    for name, (value, interval) in score_images(images, network, reference, model.family).items():
-        metrics[name] = {"value": value} | ({"low": interval.low, "high": interval.high} if interval else {})
+    scores = score_images(images, network, reference, model.family)
+    metrics = {name: score_json(value, interval) for name, (value, interval) in scores.items()}
     if cell.num_validation:
-        value, interval = mean_loss(model, *_validation(cell.num_validation))
-        metrics["loss"] = {"value": value, "low": interval.low, "high": interval.high}
+        metrics["loss"] = score_json(*mean_loss(model, *_validation(cell.num_validation)))
     record = Record(
         cell=cell,
         family=model.family,
@@ -249,11 +248,9 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """Told to the caller after each cell: its record, and seconds of work done and left, both as estimated."""
+    """Told to the caller after each cell: its record, and the seconds left."""
 
     record: Record
-    done_seconds: float
-    total_seconds: float
     left_wall_seconds: float
 
 
@@ -285,4 +282,4 @@ def run_study(
         directory.write(record, picture)
         done += expected.cell_seconds[outcome.item]
         elapsed = time.monotonic() - started
-        yield Progress(record, done, total, elapsed / done * (total - done))
+        yield Progress(record, elapsed / done * (total - done))
