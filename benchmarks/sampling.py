@@ -13,8 +13,8 @@ from torch import Tensor
 import bitlaw
 from bitlaw.models.dit import DiT
 from bitlaw.models.generator import Noise
-from bitlaw.models.guidance import guide, ramp
-from bitlaw.models.sampling import draw, filter_logits
+from bitlaw.models.parts.guidance import guide, ramp
+from bitlaw.models.parts.sampling import draw, filter_logits
 from bitlaw.models.var import VAR
 from harness import arguments, compare, finish, one_thread
 

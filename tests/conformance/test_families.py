@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from bitlaw.models import FAMILIES
-from bitlaw.models.diffusion import Diffusion
-from bitlaw.models.dit import DiT, DiTConfig, DiTSampling, DiTTransformer, TokenizerLatents
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
 from bitlaw.models.generator import Noise, replay, rollout
+from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.var import VARConfig, VARTransformer
+from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.storage import read_checkpoint, write_checkpoint
-from bitlaw.models.var import VAR, VARConfig, VARSampling, VARTransformer
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.var import VAR, VARSampling
 
 
 def tokenizer():

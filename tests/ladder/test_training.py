@@ -11,7 +11,7 @@ from bitlaw.ladder import data
 from bitlaw.ladder.tokenizer_training import TokenizerTraining, reconstruction_loss
 from bitlaw.ladder.train import PHASES, train_ladder
 from bitlaw.ladder.training import Recipe, batch_indices, step_generator, train
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
 
 RECIPE = Recipe(steps=30, lr=1e-2, batch_size=8, warmup_steps=5)
 

@@ -12,10 +12,12 @@ from bitlaw.formats import FORMATS
 from bitlaw.install import install, plan_of
 from bitlaw.methods import RTN, LayerMethod
 from bitlaw.methods.quantize import check_quantizable, quantize, quantize_network
-from bitlaw.models.diffusion import Diffusion
-from bitlaw.models.dit import DiT, DiTConfig, DiTSampling, DiTTransformer, TokenizerLatents
-from bitlaw.models.var import VAR, VARConfig, VARSampling, VARTransformer
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.var import VARConfig, VARTransformer
+from bitlaw.models.parts.diffusion import Diffusion
+from bitlaw.models.var import VAR, VARSampling
 from bitlaw.packing import pack_network, unpack_network
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import FakeQuant, QuantizedTensor, QuantLinear, WeightSpec

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitlaw.models.diffusion import Diffusion
-from bitlaw.models.dit import DiT, DiTConfig, DiTSampling, DiTState, DiTTransformer
+from bitlaw.models.dit import DiT, DiTSampling, DiTState
 from bitlaw.models.generator import Noise, replay
+from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.storage import load_tensors
 
 DATA = Path(__file__).parents[1] / "data"

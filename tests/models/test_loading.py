@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitlaw.methods.quantize import quantize
-from bitlaw.models.diffusion import Diffusion
-from bitlaw.models.dit import DiT, DiTConfig, DiTSampling, DiTTransformer, TokenizerLatents
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.models.loading import load
-from bitlaw.models.var import VAR, VARConfig, VARSampling, VARTransformer
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.var import VARConfig, VARTransformer
+from bitlaw.models.parts.diffusion import Diffusion
+from bitlaw.models.var import VAR, VARSampling
 from bitlaw.scaling.bits import count_bits
 
 TOKENIZER = VQTokenizerConfig(

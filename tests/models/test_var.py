@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
 from bitlaw.models.generator import Noise, replay, rollout
+from bitlaw.models.networks.var import VARConfig, VARTransformer, from_official, to_official
 from bitlaw.models.storage import load_tensors
-from bitlaw.models.var import VAR, VARConfig, VARSampling, VARTransformer, from_official, to_official
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.var import VAR, VARSampling
 
 DATA = Path(__file__).parents[1] / "data"
 SIDES = (1, 2, 3, 4, 5, 6)

@@ -14,10 +14,12 @@ from torch import Tensor
 from bitlaw.files import write_with
 from bitlaw.ladder import data
 from bitlaw.ladder.training import Recipe, Report, batch_indices, step_generator, train
-from bitlaw.models.diffusion import Diffusion
-from bitlaw.models.dit import DiT, DiTConfig, DiTSampling, DiTTransformer, TokenizerLatents
-from bitlaw.models.var import VAR, VARConfig, VARSampling, VARTransformer
-from bitlaw.models.vq_tokenizer import VQTokenizer
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
+from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.var import VARConfig, VARTransformer
+from bitlaw.models.parts.diffusion import Diffusion
+from bitlaw.models.var import VAR, VARSampling
 
 POOL_SIZE = 131_072
 LABEL_DROPOUT = 0.1

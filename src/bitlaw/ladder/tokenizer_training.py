@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlaw.ladder.training import step_generator
-from bitlaw.models.vq_tokenizer import VQTokenizer
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
 
 COMMITMENT = 0.25  # VAR's beta
 CODEBOOK_DECAY = 0.99

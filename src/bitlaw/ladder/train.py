@@ -31,11 +31,11 @@ from bitlaw.metrics.evaluation import RECONSTRUCTION_PREFIX, cyclic_labels, eval
 from bitlaw.metrics.features import NUM_FEATURES, LadderFeatureNet, LadderFeatures, extract_features
 from bitlaw.metrics.fid import FeatureStatistics, frechet_distance
 from bitlaw.metrics.samples import write_npz
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.models.loading import load
-from bitlaw.models.pixels import to_uint8
+from bitlaw.models.parts.pixels import to_uint8
 from bitlaw.models.storage import load_tensors, read_json, read_tensors
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from bitlaw.names import unknown_name
 
 TOKENIZER = VQTokenizerConfig(

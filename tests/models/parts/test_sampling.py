@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitlaw.models.attention import attend
-from bitlaw.models.gelu import gelu_tanh
 from bitlaw.models.generator import Noise
-from bitlaw.models.guidance import guide, guide_channels, ramp
-from bitlaw.models.pixels import from_uint8, to_uint8
-from bitlaw.models.sampling import draw, filter_logits, soft_embedding
+from bitlaw.models.parts.attention import attend
+from bitlaw.models.parts.gelu import gelu_tanh
+from bitlaw.models.parts.guidance import guide, guide_channels, ramp
+from bitlaw.models.parts.pixels import from_uint8, to_uint8
+from bitlaw.models.parts.sampling import draw, filter_logits, soft_embedding
 
 
 def test_gumbel_numbers_have_their_mean_and_variance():

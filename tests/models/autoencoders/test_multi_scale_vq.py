@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig, phi_index
 from bitlaw.models.storage import load_tensors
-from bitlaw.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig, phi_index
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 TINY = VQTokenizerConfig(16, 4, 8, (1, 2), 1, (1, 2, 4), norm_groups=0, attention=False)
 
 

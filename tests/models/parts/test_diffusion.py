@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitlaw.models.diffusion import Diffusion, kept_timesteps
+from bitlaw.models.parts.diffusion import Diffusion, kept_timesteps
 
-GOLDEN = dict(np.load(Path(__file__).parents[1] / "data" / "diffusion.npz"))
+GOLDEN = dict(np.load(Path(__file__).parents[2] / "data" / "diffusion.npz"))
 TABLES = {
     "betas": "betas",
     "alphas_cumprod": "abar",
