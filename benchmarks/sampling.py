@@ -70,7 +70,7 @@ def dit_in_halves(model: DiT, labels: Tensor) -> Tensor:
             t = torch.full_like(batch, process.timesteps[index])
             output = guide(model.net(x, t, batch), model.net(x, t, null), model.sampling.guidance)
             x = process.ddim_step(x, output, index, model.sampling.eta, None)
-        images.append(to_images(model.decoder.decode(x)))
+        images.append(to_images(model.autoencoder.decode(x / model.latent_scale)))
     return torch.cat(images)
 
 

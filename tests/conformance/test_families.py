@@ -6,7 +6,7 @@ from torch import nn
 
 from bitlaw.models import FAMILIES
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
-from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.generator import Noise, replay, rollout
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
@@ -39,13 +39,13 @@ def tiny_dit():
     net = DiTTransformer(DiTConfig(2, 16, 2, 5, 4, 4, 2, learn_sigma=False))
     process = Diffusion(schedule="squaredcos_cap_v2", prediction="v", variance="fixed_small")
     sampling = DiTSampling(guidance=2.0, num_steps=4, sampler="ddim", eta=0.5, guided_channels=None)
-    return DiT(awake(net), TokenizerLatents(awake(tokenizer()), 0.7), process, sampling, image_size=8)
+    return DiT(awake(net), awake(tokenizer()), process, sampling, latent_scale=0.7)
 
 
 def tiny_dit_learned_variance():
     net = DiTTransformer(DiTConfig(2, 16, 2, 5, 4, 4, 2))
-    latents = TokenizerLatents(awake(tokenizer()), 0.7)
-    return DiT(awake(net), latents, Diffusion(), DiTSampling(num_steps=4), image_size=8)
+    latents = awake(tokenizer())
+    return DiT(awake(net), latents, Diffusion(), DiTSampling(num_steps=4), latent_scale=0.7)
 
 
 TINY = {"var": tiny_var, "dit": tiny_dit, "dit-learned-variance": tiny_dit_learned_variance}

@@ -13,7 +13,7 @@ from bitlaw.install import install, plan_of
 from bitlaw.methods import RTN, LayerMethod
 from bitlaw.methods.quantize import check_quantizable, quantize, quantize_network
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
-from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
@@ -202,8 +202,8 @@ def tiny_var() -> VAR:
 def tiny_dit() -> DiT:
     tokenizer = VQTokenizer(VQTokenizerConfig(16, 4, 8, (1, 2), 1, (1, 2, 4), norm_groups=0, attention=False))
     net = DiTTransformer(DiTConfig(2, 16, 2, 5, 4, 4, 2))
-    latents = TokenizerLatents(awake(tokenizer), 0.7)
-    return DiT(awake(net), latents, Diffusion(), DiTSampling(num_steps=4), image_size=8)
+    latents = awake(tokenizer)
+    return DiT(awake(net), latents, Diffusion(), DiTSampling(num_steps=4), latent_scale=0.7)
 
 
 @pytest.fixture(params=[tiny_var, tiny_dit])

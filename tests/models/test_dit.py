@@ -21,6 +21,8 @@ DATA = Path(__file__).parents[1] / "data"
 class NoImages:
     """Stands where no image is encoded or decoded."""
 
+    downsampling, latent_channels = 8, 4
+
     def encode(self, images_BCHW):
         raise AssertionError("not used")
 

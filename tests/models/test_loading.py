@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bitlaw.methods.quantize import quantize
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
-from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.models.loading import load
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
@@ -43,9 +43,7 @@ def tiny_model(family: str) -> ImageGenerator[Any]:
     else:
         net = DiTTransformer(DiTConfig(2, 24, 2, 5, 4, 4, learn_sigma=False))
         process = Diffusion(prediction="v", variance="fixed_small")
-        model = DiT(
-            net, TokenizerLatents(tokenizer, 1.5), process, DiTSampling(num_steps=4, sampler="ddim"), image_size=8
-        )
+        model = DiT(net, tokenizer, process, DiTSampling(num_steps=4, sampler="ddim"), latent_scale=1.5)
     with torch.no_grad():
         for tensor in [*model.net.parameters(), *tokenizer.parameters()]:
             if tensor.numel() and not tensor.any():

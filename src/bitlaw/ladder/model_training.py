@@ -15,7 +15,7 @@ from bitlaw.files import write_with
 from bitlaw.ladder import data
 from bitlaw.ladder.training import Recipe, Report, batch_indices, step_generator, train
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
-from bitlaw.models.dit import DiT, DiTSampling, TokenizerLatents
+from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
@@ -68,7 +68,7 @@ def write_latents(tokenizer: VQTokenizer, work: Path, report: Report) -> None:
     begin = 0
     for batch in data.batches("train", POOL_SIZE, 256):
         end = begin + len(batch.labels_B)
-        latents[begin:end] = tokenizer.encode_to_latent(data.to_float(batch.images_BCHW)).half().numpy()
+        latents[begin:end] = tokenizer.encode(data.to_float(batch.images_BCHW)).half().numpy()
         labels[begin:end] = batch.labels_B.numpy()
         begin = end
         if begin % 16384 == 0:
@@ -146,6 +146,4 @@ def train_dit(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
         return DIT_PROCESS.losses(output, x0, t_B, epsilon).mse_B.mean()
 
     net.load_state_dict(train(name, net, recipe, loss_at, work, report))
-    return DiT(
-        net, TokenizerLatents(tokenizer, scale), DIT_PROCESS, DIT_SAMPLING, image_size=tokenizer.config.image_size
-    )
+    return DiT(net, tokenizer, DIT_PROCESS, DIT_SAMPLING, latent_scale=scale)

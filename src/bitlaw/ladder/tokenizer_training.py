@@ -36,7 +36,7 @@ class TokenizerTraining(nn.Module):
     def loss(self, x_BCHW: Tensor, step: int) -> Tensor:
         """Reconstruction plus commitment of images in [-1, 1]; moves the codebook."""
         generator = step_generator(step)
-        f = self.tokenizer.encode_to_latent(x_BCHW)
+        f = self.tokenizer.encode(x_BCHW)
         quantized, commitment = self._quantize(f, generator, warm=step < 50)
         straight_through = f + (quantized - f).detach()
         spread = f.detach().std() * LATENT_NOISE

@@ -155,7 +155,7 @@ def measure_reference(out: Path, report: Report) -> None:
         spatial.update(features.spatial_BS)
         if sum(map(len, kept)) < REFERENCE_VECTORS:
             kept.append(features.pooled_BD.half())
-        latents = tokenizer.encode_to_latent(data.to_float(batch.images_BCHW))
+        latents = tokenizer.encode(data.to_float(batch.images_BCHW))
         for family, latent in (("var", tokenizer.latent_to_tokens(latents).latents[-1]), ("dit", latents)):
             reconstructed[family].update(network(to_uint8(tokenizer.decode(latent))).pooled_BD)
         if number % 40 == 39:

@@ -6,44 +6,23 @@ Legend: B images, C channels and H = W side of the latent, O output channels.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders import Autoencoder
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.parts.guidance import guide_channels
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
-from bitlaw.models.storage import TOKENIZER_PREFIX, load_tensors, split_prefix, with_prefix
+from bitlaw.models.storage import build
+from bitlaw.names import unknown_name
 
-
-class LatentCodec(Protocol):
-    """What DiT needs of an autoencoder: images in [-1, 1] <-> latents of about unit variance."""
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Latents (B, C, H, W) of images."""
-
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Images of latents, in [-1, 1]."""
-
-
-class TokenizerLatents(nn.Module):
-    """A VQ tokenizer used without its quantizer: its continuous latents, times `latent_scale`."""
-
-    def __init__(self, tokenizer: VQTokenizer, latent_scale: float):
-        super().__init__()
-        self.tokenizer, self.latent_scale = tokenizer, latent_scale
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Latents (B, Z, h, w) of images in [-1, 1]."""
-        return self.tokenizer.encode_to_latent(images_BCHW) * self.latent_scale
-
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1]."""
-        return self.tokenizer.decode(latent_BCHW / self.latent_scale)
+SD_LATENT_SCALE = 0.18215
+"""Of Stable Diffusion's autoencoder: latents times this have about unit variance."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +62,43 @@ class DiT(ImageGenerator[DiTState]):
     """A diffusion transformer with its process and autoencoder."""
 
     family = "dit"
+    autoencoder_names = ("sd-vae-ft-ema", "sd-vae-ft-mse", "vae")
     net: DiTTransformer
 
     def __init__(
         self,
         net: DiTTransformer,
-        decoder: LatentCodec,
+        autoencoder: Autoencoder | None,
         process: Diffusion | None = None,
         sampling: DiTSampling | None = None,
         *,
-        image_size: int | None = None,
+        latent_scale: float = SD_LATENT_SCALE,
     ):
-        self.net, self.decoder = net, decoder
+        self.net, self.autoencoder, self.latent_scale = net, autoencoder, latent_scale
         self.process = process or Diffusion()
         self.sampling = sampling or DiTSampling()
         self.num_classes = net.config.num_classes
-        self.image_size = image_size or 8 * net.config.input_size
+        self.image_size = (autoencoder.downsampling if autoencoder else 8) * net.config.input_size
         self.clock = StepClock()
         if (self.process.variance == "learned_range") != net.config.learn_sigma:
             raise ValueError(
                 f"diffusion variance '{self.process.variance}' does not go with learn_sigma={net.config.learn_sigma}"
             )
+        if autoencoder is not None and autoencoder.latent_channels != net.config.in_channels:
+            raise ValueError(
+                f"{self.family} takes {net.config.in_channels} latent channels, its autoencoder has "
+                f"{autoencoder.latent_channels}"
+            )
+
+    @property
+    def null_label(self) -> int:
+        """The class after the last."""
+        return self.num_classes
+
+    @property
+    def recipes(self) -> Mapping[str, DiTSampling]:
+        """The published evaluation: guidance 1.5 on three channels, 250 ancestral steps."""
+        return {"paper": DiTSampling()}
 
     @property
     def num_steps(self) -> int:
@@ -174,7 +169,7 @@ class DiT(ImageGenerator[DiTState]):
 
     def decode(self, state: DiTState) -> Tensor:
         """uint8 images (B, 3, H, W)."""
-        return to_uint8(self.decoder.decode(state.x_BCHW), self.sampling.rounding)
+        return to_uint8(self.latent_codec.decode(state.x_BCHW / self.latent_scale), self.sampling.rounding)
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Mean squared error of each uint8 image (B,), at one timestep each.
@@ -182,39 +177,79 @@ class DiT(ImageGenerator[DiTState]):
         Timesteps follow the golden-ratio sequence over the images' indices, so that any run of images covers the
         schedule evenly and every model meets the same timesteps and noise.
         """
-        x0_BCHW = self.decoder.encode(from_uint8(images_BCHW))
+        x0_BCHW = self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale
         fractions = [(image * (math.sqrt(5) - 1) / 2 + 0.5) % 1 for image in noise.image_ids_B]
         t_B = torch.tensor([int(f * self.process.num_timesteps) for f in fractions], device=x0_BCHW.device)
         epsilon_BCHW = noise.normal(0, x0_BCHW.shape[1:])
         output = self.net(self.process.add_noise(x0_BCHW, t_B, epsilon_BCHW), t_B, labels_B)
         return self.process.losses(output, x0_BCHW, t_B, epsilon_BCHW).mse_B
 
-    def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration and tensors (official keys; the tokenizer's under "tokenizer.")."""
-        if not isinstance(self.decoder, TokenizerLatents):
-            raise ValueError("only a DiT on a tokenizer's latents can be written; keep other autoencoders beside it")
-        config = {
-            "family": self.family,
+    @property
+    def latent_codec(self) -> Autoencoder:
+        """Its autoencoder. ValueError if the model was loaded without."""
+        if self.autoencoder is None:
+            wanted = self.autoencoder_names[0]
+            raise ValueError(f"this {self.family} was loaded without its autoencoder ({wanted}), which this needs")
+        return self.autoencoder
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    @classmethod
+    def recognizes(cls, file: WeightsFile) -> bool:
+        """A patch embedding and adaLN blocks with fused attention."""
+        return "x_embedder.proj.weight" in file and "blocks.0.attn.qkv.weight" in file
+
+    @classmethod
+    def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:
+        """Sizes from shapes. Option: heads, which shapes do not tell (taken to be 64 wide, 72 in XL)."""
+        if unknown := options.keys() - {"heads"}:
+            raise unknown_name(min(unknown), ("heads",), "option of DiT")
+        width, in_channels, patch_size = file.shape("x_embedder.proj.weight")[:3]
+        out_channels = file.shape("final_layer.linear.weight")[0] // patch_size**2
+        if out_channels not in (in_channels, 2 * in_channels):
+            raise ValueError(f"{out_channels} output channels do not go with {in_channels} input channels")
+        heads = options.get("heads") or file.metadata.get("num_heads") or width // (72 if width == 1152 else 64)
+        config = DiTConfig(
+            depth=file.count(r"blocks\.(\d+)\."),
+            width=width,
+            heads=heads,
+            num_classes=file.shape("y_embedder.embedding_table.weight")[0] - 1,
+            input_size=round(file.shape("pos_embed")[1] ** 0.5) * patch_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            learn_sigma=out_channels == 2 * in_channels,
+            mlp_ratio=file.shape("blocks.0.mlp.fc1.weight")[0] / width,
+        )
+        process = Diffusion(variance="learned_range" if config.learn_sigma else "fixed_large")
+        return {
+            "net": asdict(config),
+            "process": asdict(process),
+            "sampling": asdict(DiTSampling()),
+            "latent_scale": SD_LATENT_SCALE,
+        }
+
+    def to_config(self) -> dict[str, Any]:
+        """Sizes of the network, the process, sampler settings and the scale of latents."""
+        return {
             "net": asdict(self.net.config),
             "process": asdict(self.process),
             "sampling": asdict(self.sampling),
-            "tokenizer": asdict(self.decoder.tokenizer.config),
-            "latent_scale": self.decoder.latent_scale,
+            "latent_scale": self.latent_scale,
         }
-        return config, self.net.state_dict() | with_prefix(TOKENIZER_PREFIX, self.decoder.tokenizer.state_dict())
 
     @classmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The model that `to_checkpoint` gave. Raises ValueError naming each tensor that does not fit."""
-        tokenizer = VQTokenizer(VQTokenizerConfig(**config["tokenizer"]))
-        net = DiTTransformer(DiTConfig(**config["net"]))
-        inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
-        load_tensors(tokenizer, inside, "tokenizer")
-        load_tensors(net, own, "DiT")
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        autoencoder: Autoencoder | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The model."""
         return cls(
-            net.eval().requires_grad_(False),
-            TokenizerLatents(tokenizer.eval().requires_grad_(False), config["latent_scale"]),
+            build(lambda: DiTTransformer(DiTConfig(**config["net"])), tensors, "DiT", dtype=dtype),
+            autoencoder,
             Diffusion(**config["process"]),
             DiTSampling(**config["sampling"]),
-            image_size=tokenizer.config.image_size,
+            latent_scale=config["latent_scale"],
         )

@@ -26,9 +26,15 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix, write_model
+from bitlaw.models.autoencoders import Autoencoder, autoencoder_config, restore_autoencoder
+from bitlaw.models.class_names import class_names, label_of
+from bitlaw.models.official import WeightsFile
+from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix, with_prefix, write_model
+from bitlaw.names import lookup, unknown_name
+from bitlaw.quantized import QuantLinear
 
 Phase = Literal["embed", "blocks", "head"]
+Labels = Sequence[int | str] | Tensor
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,22 @@ class StepClock:
 class ImageGenerator(ABC, Generic[StateT]):
     """A model family with its weights and its sampler's settings.
 
-    `net` is the network that is quantized; `decoder_net` (tokenizer or VAE) stays in full precision.
-    `sampling` is the family's frozen dataclass of sampler settings; it has at least `guidance`.
+    `net` is the network that is quantized; `autoencoder` stays in full precision, and is None for a model of pixels or
+    one that was loaded without it. `sampling` is the family's frozen dataclass of sampler settings; it has at least
+    `guidance`.
+
+    What a family is, in the order in which one is written:
+      sizes      `config_of` reads them off a released file, `to_config` writes them, `from_config` builds the model
+      sampling   `start`, `extract`, `reconstruct`, `decode`; `loss` for validation
+      quantizing `sites`
     """
 
     family: ClassVar[str]
+    autoencoder_names: ClassVar[tuple[str, ...]] = ()
+    """Usual names of the autoencoder's file, which is looked for beside the network's; () for a model of pixels."""
+
     net: nn.Module
+    autoencoder: Autoencoder | None
     sampling: Any
     num_classes: int
     image_size: int
@@ -134,8 +150,57 @@ class ImageGenerator(ABC, Generic[StateT]):
     """Type in which numbers that are not quantized are stored; arithmetic is in that of the parameters."""
     provenance: Mapping[str, Any] = MappingProxyType({})
     """Where the model comes from, and what was done to it."""
+    recipe: str = ""
+    """Name of the recipe that `sampling` is, for the protocol of a score; "" for settings of one's own."""
 
-    # ---- what a family defines -------------------------------------------------------------------
+    # ---- what a family defines: sizes and weights ------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, file: WeightsFile) -> bool:
+        """Whether a released file is of this family, by the names and shapes of its tensors."""
+
+    @classmethod
+    @abstractmethod
+    def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:
+        """What `to_config` would give for the model in a released file, read from its tensors' shapes.
+
+        `options` are what shapes cannot tell (`heads=4`), and go before what is assumed. ValueError names an option
+        that does not exist, what does not go together (with the tokenizer, say), or what has to be given.
+        """
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """Sizes and sampler settings in plain values: "net", "sampling" and what else the family has."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        autoencoder: Autoencoder | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The model of a configuration, with `tensors` under the names of a checkpoint; see `to_tensors`.
+
+        ValueError names each tensor that does not fit.
+        """
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The network's tensors as a checkpoint names them, quantized weights left out."""
+        return self.net.state_dict()
+
+    @classmethod
+    def from_official_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A released file's tensors as a checkpoint names them; what holds nothing is left out."""
+        return dict(tensors)
+
+    def to_official_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse, for `to_official`."""
+        return dict(tensors)
+
+    # ---- what a family defines: sampling ---------------------------------------------------------
 
     @property
     @abstractmethod
@@ -144,7 +209,7 @@ class ImageGenerator(ABC, Generic[StateT]):
 
     @abstractmethod
     def sites(self) -> list[Site]:
-        """The linear layers that may be quantized, in order of execution."""
+        """The layers that may be quantized, in order of execution."""
 
     @abstractmethod
     def start(self, labels_B: Tensor, noise: Noise) -> StateT:
@@ -152,7 +217,7 @@ class ImageGenerator(ABC, Generic[StateT]):
 
     @abstractmethod
     def extract(self, state: StateT, step: int) -> Extracted:
-        """Feature extraction: run the network. Leaves `state` as it found it."""
+        """Feature extraction: run the network. Leaves `state` as it found it. Features are float32."""
 
     @abstractmethod
     def reconstruct(self, state: StateT, extracted: Extracted, step: int) -> StateT:
@@ -171,26 +236,74 @@ class ImageGenerator(ABC, Generic[StateT]):
     def sampler_name(self) -> str:
         """The sampler with its settings other than guidance and number of steps, for the protocol of a score."""
 
-    @abstractmethod
-    def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration, and tensors under official keys, "tokenizer." before the tokenizer's; no quantized weights."""
+    @property
+    def recipes(self) -> Mapping[str, Any]:
+        """Sampler settings by name; "paper" are those of the published evaluation of a model of this size."""
+        return {}
 
-    @classmethod
-    @abstractmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The full-precision model that `to_checkpoint` gave. ValueError names each tensor that does not fit."""
+    @property
+    def null_label(self) -> int | None:
+        """The label of the unconditional model, which callers write as -1; None if there is none."""
+        return None
 
     # ---- what every family has -------------------------------------------------------------------
 
-    def with_sampling(self, **changes: Any) -> Self:
-        """The same weights under other sampler settings; None leaves a setting as it is."""
+    def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Configuration, and tensors, "tokenizer." before the autoencoder's; no quantized weights."""
+        config, tensors = {"family": self.family, **self.to_config()}, self.to_tensors()
+        if self.autoencoder is not None:
+            config["tokenizer"] = autoencoder_config(self.autoencoder)
+            tensors |= with_prefix(TOKENIZER_PREFIX, self.autoencoder.state_dict())
+        return config, tensors
+
+    @classmethod
+    def from_checkpoint(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The full-precision model that `to_checkpoint` gave. ValueError names each tensor that does not fit."""
+        inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
+        autoencoder = restore_autoencoder(config["tokenizer"], inside) if "tokenizer" in config else None
+        return cls.from_config(config, own, autoencoder, dtype)
+
+    @classmethod
+    def from_official(
+        cls,
+        file: WeightsFile,
+        autoencoder: Autoencoder | None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Self:
+        """The model in a released file. ValueError, naming the file, for what does not fit; see `config_of`."""
+        try:
+            config = cls.config_of(file, autoencoder, **options)
+            return cls.from_config(config, cls.from_official_names(file.tensors), autoencoder, dtype)
+        except ValueError as error:
+            raise ValueError(f"{file.path.name}: {str(error).removeprefix(f'{file.path.name}: ')}") from error
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The network's weights under official names, quantized ones decoded."""
+        layers = ((n, m) for n, m in self.net.named_modules() if isinstance(m, QuantLinear) and m.quantized is not None)
+        return self.to_official_names(self.to_tensors() | {f"{name}.weight": layer.weight for name, layer in layers})
+
+    def with_sampling(self, recipe: str | None = None, **changes: Any) -> Self:
+        """The same weights under other sampler settings; None leaves a setting as it is.
+
+        `recipe` is a name of `recipes`, whose settings `changes` may still replace. ValueError for an unknown name.
+        """
         twin = copy.copy(self)
-        twin.sampling = replace(self.sampling, **{k: v for k, v in changes.items() if v is not None})
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if recipe is not None:
+            twin.sampling, twin.recipe = lookup(self.recipes, recipe, f"recipe of {self.family}"), recipe
+        if unknown := [key for key in changes if not hasattr(twin.sampling, key)]:
+            raise unknown_name(unknown[0], vars(twin.sampling), f"sampler setting of {self.family}")
+        twin.sampling = replace(twin.sampling, **changes)
+        if changes:
+            twin.recipe = ""
         return twin
 
     def generate(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Labels,
         seed: int = 0,
         *,
         batch_size: int = 64,
@@ -200,7 +313,7 @@ class ImageGenerator(ABC, Generic[StateT]):
     ) -> Tensor:
         """uint8 images (B, 3, H, W), one per label. `first_image` is the index of the first label in the run.
 
-        Further keywords (guidance, ...) replace the sampler's settings for this call. `progress` is called
+        Further keywords (guidance, recipe, ...) replace the sampler's settings for this call. `progress` is called
         with the number of images finished. Raises ValueError for a label out of range.
         """
         labels_B = self.check_labels(labels)
@@ -226,25 +339,41 @@ class ImageGenerator(ABC, Generic[StateT]):
         """
         write_model(directory, *self.to_checkpoint(), self.net, self.storage_dtype, self.provenance)
 
-    def net_tensors(self) -> dict[str, Tensor]:
-        """The network's tensors under official keys, without quantized weights and without the tokenizer."""
-        return split_prefix(TOKENIZER_PREFIX, self.to_checkpoint()[1])[1]
+    def check_labels(self, labels: Labels) -> Tensor:
+        """`labels` as an int64 tensor on the model's device.
 
-    def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """`labels` as an int64 tensor on the model's device; ValueError names the valid range."""
+        Names of classes may stand for their numbers, and -1 for the unconditional model. ValueError names the valid
+        range.
+        """
+        if not isinstance(labels, Tensor):
+            names = class_names(self.num_classes) if any(isinstance(label, str) for label in labels) else None
+            labels = [label_of(label, names) if isinstance(label, str) else label for label in labels]
         labels_B = torch.as_tensor(labels, dtype=torch.int64).reshape(-1).to(self.device)
         if len(labels_B) == 0:
             raise ValueError("no labels given")
-        wrong = sorted({int(x) for x in labels_B if not 0 <= x < self.num_classes})
+        lowest = 0 if self.null_label is None else -1
+        wrong = sorted({int(x) for x in labels_B if not lowest <= x < self.num_classes})
         if wrong:
             given = ", ".join(map(str, wrong))
             raise ValueError(f"label {given} out of range: this model has classes 0 to {self.num_classes - 1}")
-        return labels_B
+        return labels_B if self.null_label is None else labels_B.masked_fill(labels_B == -1, self.null_label)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The model with its network and autoencoder moved to a device."""
+        self.net.to(device)
+        if self.autoencoder is not None:
+            self.autoencoder.to(device)
+        return self
 
     @property
     def device(self) -> torch.device:
         """The device the network is on."""
         return next(self.net.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the network computes in."""
+        return next(p.dtype for p in self.net.parameters() if p.is_floating_point())
 
 
 def rollout(model: ImageGenerator[StateT], labels_B: Tensor, noise: Noise) -> Iterator[Step[StateT]]:

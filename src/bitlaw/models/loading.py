@@ -1,7 +1,9 @@
 """Load a model in one line, quantized or not.
 
-bitlaw.load("ladder/var-s")        a built-in model
-bitlaw.load("var-s-w4a8")          a directory that `model.save` or `bitlaw quantize` wrote
+bitlaw.load("ladder/var-s")            a built-in model
+bitlaw.load("var-s-w4a8")              a directory that `model.save` or `bitlaw quantize` wrote
+bitlaw.load("var_d16.pth")             a released file, its tokenizer beside it
+bitlaw.load("google/ddpm-cifar10-32")  a repository of the Hugging Face hub
 """
 
 from collections.abc import Iterator
@@ -13,14 +15,24 @@ import torch
 
 from bitlaw.install import install
 from bitlaw.models import FAMILIES
+from bitlaw.models.autoencoders import Autoencoder, open_autoencoder
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.models.storage import CONFIG_FILE, FORMAT_VERSION, QUANTIZATION_FILE, TENSORS_FILE, read_checkpoint
+from bitlaw.models.official import AUTOENCODER_PARTS, WeightsFile, hub_path, read_weights
+from bitlaw.models.storage import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    QUANTIZATION_FILE,
+    TENSORS_FILE,
+    read_checkpoint,
+    read_json,
+)
 from bitlaw.names import lookup, unknown_name
 from bitlaw.packing import unpack_network
 from bitlaw.precision import BitPlan
 from bitlaw.quantized import QuantizedTensor
 
 LADDER_PREFIX = "ladder/"
+NO_TOKENIZER = "none"
 
 
 def ladder_names() -> list[str]:
@@ -35,13 +47,104 @@ def ladder_names() -> list[str]:
     return [name for _, _, name in sorted(names())]
 
 
-def load(source: str | Path) -> ImageGenerator[Any]:
-    """A model by its ladder name or its checkpoint directory.
+def load(
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> ImageGenerator[Any]:
+    """A model by its ladder name, checkpoint directory, released file, directory in diffusers' layout, or hub name.
 
-    Raises ValueError for a name that is neither (with the nearest ones), and for a damaged, truncated or newer
-    checkpoint, naming the file and the tensor.
+    tokenizer: the file or directory of its tokenizer or VAE; by default it is looked for beside the model under its
+    usual name, and "none" does without (such a model can be quantized and saved, but draws no images)
+    dtype: of the network's weights and arithmetic; tokenizers stay in float32
+    options: what the tensors of a released file do not tell, such as heads=4 or image_size=384
+
+    Raises ValueError for a name that is nothing of these (with the nearest ones), for a damaged, truncated or newer
+    checkpoint (naming the file and the tensor), for a file with code in it, and for weights of no family that is known.
     """
-    directory, name = _resolve(source)
+    found, name = _resolve(source)
+    if _is_checkpoint(found):
+        if tokenizer is not None or options:
+            given = ", ".join(["tokenizer"] * (tokenizer is not None) + sorted(options))
+            raise ValueError(f"{name}: a checkpoint of bitlaw says itself what {given} would; leave that out")
+        model = _load_checkpoint(found, name, dtype)
+    else:
+        model = load_official(read_weights(found), tokenizer, dtype=dtype, **options)
+    return model.to(device)
+
+
+def load_official(
+    file: WeightsFile,
+    tokenizer: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> ImageGenerator[Any]:
+    """The model in a released file; see `load`."""
+    family = family_of(file)
+    autoencoder = _autoencoder_for(family, file, tokenizer)
+    model = family.from_official(file, autoencoder, dtype=dtype, **options)
+    model.storage_dtype = dtype
+    model.provenance = {"source": file.path.name}
+    return model
+
+
+def family_of(file: WeightsFile) -> type[ImageGenerator[Any]]:
+    """The family that a released file belongs to. ValueError says what was found if it is none."""
+    for family in FAMILIES.values():
+        if family.recognizes(file):
+            return family
+    raise ValueError(
+        f"{file.path}: weights of no model that is known; it holds {file.describe()}. Families: {', '.join(FAMILIES)}; "
+        "`bitlaw models` lists their files"
+    )
+
+
+def _autoencoder_for(
+    family: type[ImageGenerator[Any]], file: WeightsFile, given: str | Path | None
+) -> Autoencoder | None:
+    """The autoencoder that was named, or that lies beside the file or in it. ValueError names what was expected."""
+    if not family.autoencoder_names or str(given) == NO_TOKENIZER:
+        return None
+    if given is not None:
+        path = Path(given)
+        path = path if path.exists() else hub_path(str(given)) or path
+        return open_autoencoder(read_weights(path))
+    for place, tensors in file.others.items():
+        return open_autoencoder(WeightsFile(file.path, tensors, place))
+    folder = file.path.parent
+    beside = [folder / name for name in (*family.autoencoder_names, *AUTOENCODER_PARTS)]
+    beside += [folder.parent / part for part in AUTOENCODER_PARTS]  # a pipeline's folder, where this is its transformer
+    for path in beside:
+        if path.exists():
+            return open_autoencoder(read_weights(path))
+    wanted = " or ".join(family.autoencoder_names)
+    raise ValueError(
+        f"{file.path}: its {family.family} tokenizer is missing; expected {wanted} beside it. Give tokenizer=PATH, or "
+        f"tokenizer='{NO_TOKENIZER}' to do without images"
+    )
+
+
+# ---- checkpoints of bitlaw ----------------------------------------------------------------------------
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """A directory whose config.json bitlaw wrote, or one that is damaged so that this cannot be told."""
+    config = path / CONFIG_FILE
+    if not path.is_dir() or not config.is_file():
+        return path.is_dir() and (path / QUANTIZATION_FILE).is_file()
+    content = read_json(config)
+    return "_class_name" not in content and ("family" in content or not _looks_like_diffusers(path))
+
+
+def _looks_like_diffusers(path: Path) -> bool:
+    return any(path.glob("diffusion_pytorch_model.*")) or (path / "model_index.json").is_file()
+
+
+def _load_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> ImageGenerator[Any]:
     config, tensors, quantization = read_checkpoint(directory)
     if "family" not in config:
         raise ValueError(f"{directory / CONFIG_FILE}: names no family; is it a checkpoint of bitlaw?")
@@ -52,7 +155,7 @@ def load(source: str | Path) -> ImageGenerator[Any]:
         if quantization is not None:
             plan = _read_plan(quantization, directory / QUANTIZATION_FILE)
             quantized, tensors = unpack_network(tensors, plan)
-        model = family.from_checkpoint(config, tensors)
+        model = family.from_checkpoint(config, tensors, dtype)
     except KeyError as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error} is missing") from None
     except ValueError as error:
@@ -76,15 +179,17 @@ def _read_plan(quantization: dict[str, Any], path: Path) -> BitPlan:
 
 
 def _resolve(source: str | Path) -> tuple[Path, str]:
-    """The directory of a model, and the name under which it was asked for."""
+    """The file or directory of a model, and the name under which it was asked for."""
     path, name = Path(source), str(source)
     if path.is_dir():
+        return path, path.name
+    if path.is_file():
         return path, path.name
     known = ladder_names()
     if name in known:
         root = resources.files("bitlaw") / "ladder" / "weights" / name.removeprefix(LADDER_PREFIX)
         with resources.as_file(root) as directory:
             return directory, name
-    if path.is_file():
-        raise ValueError(f"{path}: a file; give the checkpoint's directory")
-    raise unknown_name(name, known, "model (no such directory, and no built-in model)")
+    if path.suffix or name.startswith((LADDER_PREFIX, ".", "/")) or (on_hub := hub_path(name)) is None:
+        raise unknown_name(name, known, "model (no such file or directory, and no built-in model)")
+    return on_hub, name

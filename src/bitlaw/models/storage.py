@@ -6,10 +6,10 @@ names the file and the tensor.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitlaw.files import replacing_directory, write_json
 from bitlaw.install import plan_of
 from bitlaw.packing import pack_network
+from bitlaw.quantized import all_finite
 
 CONFIG_FILE, QUANTIZATION_FILE = "config.json", "bitlaw.json"
 TENSORS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.safetensors"
@@ -132,6 +133,43 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str, ig
     `what` tells the reader which network it is; names that end in one of `ignore` are passed over.
     Raises ValueError naming every tensor that is missing, unknown, misshapen or holds NaN or Inf.
     """
+    given = _fitting(module, tensors, what, ignore)
+    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()})
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def build(
+    make: Callable[[], ModuleT],
+    tensors: Mapping[str, Tensor],
+    what: str,
+    *,
+    ignore: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> ModuleT:
+    """The module that `make` makes, in evaluation mode, with `tensors` as its parameters.
+
+    It is made without memory of its own, and a tensor that has the right type is taken as it is: one that is mapped
+    from a file stays so, and the weights are never in memory twice. Modules whose tables follow from their sizes have a
+    method `reset_tables`, which is called when the parameters are there. Raises the ValueError of `load_tensors`.
+    """
+    with torch.device("meta"):
+        module = make()
+    given = _fitting(module, tensors, what, ignore)
+    types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in given.items()}
+    module.load_state_dict({name: given[name].to(types[name]) for name in given}, assign=True)
+    for part in module.modules():
+        reset = getattr(part, "reset_tables", None)
+        if reset is not None:
+            reset()
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not left, f"{what}: reset_tables leaves {left} without numbers"
+    return module.eval().requires_grad_(False)
+
+
+def _fitting(module: nn.Module, tensors: Mapping[str, Tensor], what: str, ignore: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a module's state dict, in its order; ValueError names every one that does not fit."""
     own = module.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(tuple(ignore))}
     problems = [f"{name}: missing" for name in own if name not in given]
@@ -141,10 +179,16 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str, ig
         for name in own
         if name in given and given[name].shape != own[name].shape
     ]
-    problems += [f"{name}: NaN or Inf" for name in given if name in own and not given[name].isfinite().all()]
+    problems += [f"{name}: NaN or Inf" for name in given if name in own and not all_finite(given[name])]
     if problems:
-        raise ValueError(f"{what}: these tensors do not fit its configuration\n  " + "\n  ".join(problems))
-    module.load_state_dict({name: given[name].to(torch.float32) for name in own})
+        shown = problems[:_MAX_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise ValueError(f"{what}: these tensors do not fit its configuration\n  " + "\n  ".join(shown))
+    return {name: given[name] for name in own}
+
+
+_MAX_PROBLEMS = 20
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

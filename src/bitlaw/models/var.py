@@ -4,20 +4,22 @@ Legend: B images, N tokens of a stage, L tokens of all stages, V vocabulary, Z l
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders import Autoencoder, VQTokenizer
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
-from bitlaw.models.networks.var import IGNORED, Memory, VARConfig, VARTransformer, from_official, to_official
+from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, to_official
+from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.guidance import guide, ramp
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.parts.sampling import draw, filter_logits, soft_embedding
-from bitlaw.models.storage import TOKENIZER_PREFIX, load_tensors, split_prefix, with_prefix
+from bitlaw.models.storage import build
+from bitlaw.names import unknown_name
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,39 @@ class VAR(ImageGenerator[VARState]):
     """A visual autoregressive transformer with its tokenizer. A step is a stage."""
 
     family = "var"
+    autoencoder_names = ("vae_ch160v4096z32.pth", "vae_ch160v4096z32.safetensors")
     net: VARTransformer
 
-    def __init__(self, net: VARTransformer, tokenizer: VQTokenizer, sampling: VARSampling | None = None):
-        self.net, self.tokenizer = net, tokenizer
+    def __init__(self, net: VARTransformer, tokenizer: VQTokenizer | None, sampling: VARSampling | None = None):
+        self.net, self.autoencoder = net, tokenizer
         self.sampling = sampling or VARSampling()
         self.num_classes = net.config.num_classes
-        self.image_size = tokenizer.config.image_size
+        self.image_size = (tokenizer.downsampling if tokenizer else 16) * net.config.patch_nums[-1]
         self.clock = StepClock()
         for field in ("patch_nums", "vocab_size", "latent_channels"):
-            ours, theirs = getattr(net.config, field), getattr(tokenizer.config, field)
-            if ours != theirs:
+            ours, theirs = getattr(net.config, field), getattr(tokenizer and tokenizer.config, field, None)
+            if tokenizer and ours != theirs:
                 raise ValueError(f"VAR {field} {ours} does not go with the tokenizer's {theirs}")
+
+    @property
+    def tokenizer(self) -> VQTokenizer:
+        """Its autoencoder. ValueError if the model was loaded without."""
+        if self.autoencoder is None:
+            raise ValueError(
+                f"this VAR was loaded without its tokenizer ({self.autoencoder_names[0]}), which this needs"
+            )
+        assert isinstance(self.autoencoder, VQTokenizer)
+        return self.autoencoder
+
+    @property
+    def null_label(self) -> int:
+        """The class after the last."""
+        return self.num_classes
+
+    @property
+    def recipes(self) -> Mapping[str, VARSampling]:
+        """The published evaluation: cfg 1.5, top-k 900, top-p 0.96."""
+        return {"paper": VARSampling()}
 
     @property
     def num_steps(self) -> int:
@@ -151,26 +174,77 @@ class VAR(ImageGenerator[VARState]):
         logits_BLV = self.net(labels_B, latents_BLZ)
         return F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none").mean(1)
 
-    def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration and tensors (official keys; the tokenizer's under "tokenizer.")."""
-        config = {
-            "family": self.family,
-            "net": asdict(self.net.config),
-            "sampling": asdict(self.sampling),
-            "tokenizer": asdict(self.tokenizer.config),
-        }
-        return config, to_official(self.net.state_dict()) | with_prefix(TOKENIZER_PREFIX, self.tokenizer.state_dict())
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The model that `to_checkpoint` gave. Raises ValueError naming each tensor that does not fit."""
-        tokenizer = VQTokenizer(VQTokenizerConfig(**config["tokenizer"]))
-        net = VARTransformer(VARConfig(**config["net"]))
-        inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
-        load_tensors(tokenizer, inside, "tokenizer", ignore=IGNORED)
-        load_tensors(net, from_official(own), "VAR")
-        return cls(
-            net.eval().requires_grad_(False),
-            tokenizer.eval().requires_grad_(False),
-            VARSampling(**config["sampling"]),
+    def recognizes(cls, file: WeightsFile) -> bool:
+        """A position table over all stages, and a linear from latents."""
+        return "pos_1LC" in file and "word_embed.weight" in file
+
+    @classmethod
+    def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:
+        """Sizes from shapes. Options: patch_nums (for a schedule that is not known), heads (legacy attention)."""
+        if unknown := options.keys() - {"patch_nums", "heads"}:
+            raise unknown_name(min(unknown), ("patch_nums", "heads"), "option of VAR")
+        width, latent_channels = file.shape("word_embed.weight")
+        qk_norm = "blocks.0.attn.scale_mul_1H11" in file
+        heads = file.shape("blocks.0.attn.scale_mul_1H11")[1] if qk_norm else options.get("heads", width // 64)
+        config = VARConfig(
+            depth=file.count(r"blocks\.(\d+)\."),
+            width=width,
+            heads=heads,
+            num_classes=file.shape("class_emb.weight")[0] - 1,
+            patch_nums=options.get("patch_nums")
+            or _patch_nums(file.shape("lvl_embed.weight")[0], file.shape("pos_1LC")[1]),
+            vocab_size=file.shape("head.weight")[0],
+            latent_channels=latent_channels,
+            shared_adaln="shared_ada_lin.1.weight" in file,
+            qk_norm=qk_norm,
+            mlp_ratio=file.shape("blocks.0.ffn.fc1.weight")[0] / width,
         )
+        return {"net": asdict(config), "sampling": asdict(VARSampling())}
+
+    def to_config(self) -> dict[str, Any]:
+        """Sizes of the network, sampler settings."""
+        return {"net": asdict(self.net.config), "sampling": asdict(self.sampling)}
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        autoencoder: Autoencoder | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The model; the tokenizer takes the stages of the transformer."""
+        net_config = VARConfig(**config["net"])
+        net = build(lambda: VARTransformer(net_config), from_official(tensors), "VAR", dtype=dtype)
+        if autoencoder is not None:
+            if not isinstance(autoencoder, VQTokenizer):
+                raise ValueError(
+                    f"VAR needs its multi-scale VQ tokenizer, and this is a {autoencoder.kind} autoencoder"
+                )
+            autoencoder.config = replace(autoencoder.config, patch_nums=net_config.patch_nums)
+        return cls(net, autoencoder, VARSampling(**config["sampling"]))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Under official names, with q and v biases apart."""
+        return to_official(self.net.state_dict())
+
+
+_SCHEDULES = (
+    (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+)
+"""Sides of the stages at 256, 512 and 1024 pixels."""
+
+
+def _patch_nums(num_stages: int, num_tokens: int) -> tuple[int, ...]:
+    """The stages' sides. ValueError if no schedule that is known has so many stages and tokens."""
+    for sides in (*_SCHEDULES, tuple(range(1, num_stages + 1))):
+        if len(sides) == num_stages and sum(side * side for side in sides) == num_tokens:
+            return sides
+    raise ValueError(
+        f"{num_stages} stages of {num_tokens} tokens in all are no schedule that is known; give patch_nums=(1, 2, ...)"
+    )

@@ -92,7 +92,7 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
 def count_bits(model: ImageGenerator[Any]) -> BitCount:
     """Both budgets of a model, from its tensors."""
     full = _storage_bits(model)
-    kept = sum(tensor.numel() for tensor in model.net_tensors().values())
+    kept = sum(tensor.numel() for tensor in model.to_tensors().values())
     layers = [m for m in model.net.modules() if isinstance(m, QuantLinear) and m.quantized is not None]
     stored = codes = weights = 0.0
     for layer in layers:

@@ -34,7 +34,7 @@ def close(actual, expected, atol):
 
 
 def test_encoding_is_the_official_one(official, golden):
-    latent = official.encode_to_latent(golden["img_u8"].float() * 2 / 255 - 1)
+    latent = official.encode(golden["img_u8"].float() * 2 / 255 - 1)
     close(latent, golden["f"], 5e-5)
     tokens = official.latent_to_tokens(latent)
     for stage in range(6):
@@ -87,7 +87,7 @@ def test_small_configuration_has_neither_norms_nor_attention():
 def test_every_parameter_but_the_codebook_is_trained_by_reconstruction():
     tokenizer = VQTokenizer(TINY)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
-    latent = tokenizer.encode_to_latent(images)
+    latent = tokenizer.encode(images)
     quantized = tokenizer.latent_to_tokens(latent).latents[-1]
     tokenizer.decode(latent + quantized - latent.detach(), clamp=False).square().mean().backward()
     without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]

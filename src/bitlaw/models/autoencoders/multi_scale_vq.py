@@ -10,14 +10,21 @@ Legend: B images, H x W pixels, Z latent channels, h x w latent positions, P x P
 stage, L tokens of all stages, V vocabulary, D a number of vectors.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bitlaw.models.autoencoders.autoencoder import Autoencoder
+from bitlaw.models.official import WeightsFile
+from bitlaw.models.storage import build
+
+IGNORED = ("ema_vocab_hit_SV",)
+"""Usage statistics in released files."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,10 @@ class Tokens(NamedTuple):
     latents: list[Tensor]
 
 
-class VQTokenizer(nn.Module):
+class VQTokenizer(Autoencoder):
     """Images in [-1, 1] <-> latents <-> token maps. How the codebook is trained is not its concern."""
+
+    kind = "multi-scale-vq"
 
     def __init__(self, config: VQTokenizerConfig):
         super().__init__()
@@ -85,16 +94,70 @@ class VQTokenizer(nn.Module):
         self.quantize = MultiScaleQuantizer(config)
         self.quant_conv = nn.Conv2d(z, z, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z, z, 3, padding=1)
-        # A fifth faster on a CPU, and to rounding the same.
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Kernels as channels last: a fifth faster on a CPU, and to rounding the same."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def encode_to_latent(self, images_BCHW: Tensor) -> Tensor:
+    @property
+    def latent_channels(self) -> int:
+        """Z."""
+        return self.config.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one latent position stands for."""
+        return self.config.downsampling
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields of its configuration."""
+        return asdict(self.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A tokenizer of these sizes."""
+        return cls(VQTokenizerConfig(**config))
+
+    @classmethod
+    def recognizes(cls, file: WeightsFile) -> bool:
+        """Encoder and decoder with phi convolutions beside the codebook."""
+        return "quantize.quant_resi.qresi_ls.0.weight" in file
+
+    @classmethod
+    def from_official(cls, file: WeightsFile, **sizes: Any) -> Self:
+        """From the tokenizer's released file. Shapes do not tell `patch_nums`, which the transformer knows."""
+        num_levels = file.count(r"encoder\.down\.(\d+)\.")
+        ch, image_channels = file.shape("encoder.conv_in.weight")[:2]
+        vocab_size, latent_channels = file.shape("quantize.embedding.weight")
+        found = {
+            "vocab_size": vocab_size,
+            "latent_channels": latent_channels,
+            "ch": ch,
+            "ch_mult": tuple(
+                file.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // ch for level in range(num_levels)
+            ),
+            "num_res_blocks": file.count(r"encoder\.down\.0\.block\.(\d+)\."),
+            "num_phi": file.count(r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
+            "attention": "encoder.mid.attn_1.qkv.weight" in file,
+            "norm_groups": 32 if "encoder.norm_out.weight" in file else 0,
+            "image_channels": image_channels,
+        }
+        return build(
+            lambda: cls.from_config(found | sizes), file.tensors, f"{file.path.name}: tokenizer", ignore=IGNORED
+        )
+
+    def to_official(self) -> dict[str, Tensor]:
+        """Its state dict, which has the official names."""
+        return self.state_dict()
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
         """The continuous latent (B, Z, h, w) of images in [-1, 1]."""
         return self.quant_conv(self.encoder(images_BCHW))
 
     def encode_to_tokens(self, images_BCHW: Tensor) -> Tokens:
         """Token maps of images in [-1, 1]."""
-        return self.latent_to_tokens(self.encode_to_latent(images_BCHW))
+        return self.latent_to_tokens(self.encode(images_BCHW))
 
     def latent_to_tokens(self, latent_BZhw: Tensor) -> Tokens:
         """Code a latent stage by stage: each stage quantizes what the sum of those before it leaves over."""

@@ -83,11 +83,18 @@ class VARTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
-        stage_L = torch.cat([torch.full((side * side,), s) for s, side in enumerate(config.patch_nums)])
-        mask_LL = torch.zeros(length, length).masked_fill_(stage_L[:, None] < stage_L, -torch.inf)
-        self.register_buffer("stage_L", stage_L, persistent=False)
-        self.register_buffer("mask_LL", mask_LL, persistent=False)
+        self.register_buffer("stage_L", torch.empty(0), persistent=False)
+        self.register_buffer("mask_LL", torch.empty(0), persistent=False)
+        self.reset_tables()
         self._initialize()
+
+    def reset_tables(self) -> None:
+        """The stage of every token, and the mask of a teacher-forced pass."""
+        device = self.pos_start.device
+        sides = self.config.patch_nums
+        self.stage_L = torch.cat([torch.full((side * side,), s, device=device) for s, side in enumerate(sides)])
+        later_LL = self.stage_L[:, None] < self.stage_L
+        self.mask_LL = torch.zeros(later_LL.shape, device=device).masked_fill_(later_LL, -torch.inf)
 
     def forward(self, labels_B: Tensor, latents_BLZ: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V) from the latent inputs (B, L - 1, Z) of all stages but the first.
@@ -222,8 +229,14 @@ class QKVLinear(nn.Linear):
 
     def __init__(self, width: int):
         super().__init__(width, 3 * width)
-        has_bias = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
-        self.register_buffer("has_bias", has_bias, persistent=False)
+        self.register_buffer("has_bias", torch.empty(0), persistent=False)
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Ones where there is a bias, zeros for the keys."""
+        width = self.in_features
+        self.has_bias = torch.ones(3 * width, device=self.weight.device)
+        self.has_bias[width : 2 * width] = 0
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., 3 C)."""
