@@ -74,10 +74,28 @@ def one_thread() -> None:
 
 def arguments(description: str | None, name: str, rounds: int) -> argparse.Namespace:
     """The options every benchmark has: `--rounds` and `--out`."""
+    return _parser(description, name, rounds).parse_args()
+
+
+def official_arguments(description: str | None, name: str, rounds: int) -> argparse.Namespace:
+    """`arguments` for a script that runs an official repository beside bitlaw; its folders are put on the path.
+
+    Official code is neither part of the project nor installed by it: give a checkout, and what it imports (timm).
+    """
+    parser = _parser(description, name, rounds)
+    parser.add_argument("--official", type=Path, nargs="+", required=True, help="its checkout, and packages it needs")
+    options = parser.parse_args()
+    if missing := [str(folder) for folder in options.official if not folder.is_dir()]:
+        parser.error(f"no such folder: {', '.join(missing)}")
+    sys.path[:0] = [str(folder) for folder in options.official]
+    return options
+
+
+def _parser(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default {rounds})")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
-    return parser.parse_args()
+    return parser
 
 
 def compare(
