@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,19 @@ def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
     size=st.integers(1, 21),
     by=st.sampled_from(["group", "channel", "tensor"]),
     exponent=st.integers(-30, 18),
+    kernel=st.sampled_from([None, (1, 1), (1, 3), (3, 3)]),
 )
 def test_any_shape_survives_and_takes_the_bits_it_says(
-    name: str, rows: int, groups: int, size: int, by: str, exponent: int
+    name: str, rows: int, groups: int, size: int, by: str, exponent: int, kernel: tuple[int, int] | None
 ) -> None:
     """Every width and layout, rows that do not fill words, scales in and out of float16's range."""
     spec = WeightSpec(FORMATS[name], {"group": size, "channel": None, "tensor": "tensor"}[by])
-    quantized = spec.quantize(weights(rows, groups * size) * 2.0**exponent)
+    area = prod(kernel or (1,))
+    weight = weights(rows, groups * size * area) * 2.0**exponent
+    if kernel is not None:
+        weight = weight.view(rows, groups * size, *kernel)
+    quantized = spec.quantize(weight)
+    assert quantized.shape == weight.shape
     tensors = pack("a.b", quantized)
     assert stored_bits(tensors) == quantized.bits().total
     assert_same(unpack("a.b", tensors, spec), quantized)
@@ -115,6 +122,16 @@ def test_names_and_types_of_the_layout() -> None:
     assert layout("int0") == {}
 
 
+@pytest.mark.parametrize("group_size", [None, 9, "tensor"])
+def test_a_convolution_is_stored_as_the_linear_of_its_windows(group_size: GroupSize) -> None:
+    weight, spec = weights(6, 36).view(6, 4, 3, 3), WeightSpec(FORMATS["int4"], group_size)
+    stored, flat = pack("a", spec.quantize(weight)), pack("a", spec.quantize(weight.flatten(1)))
+    assert stored.pop("a.weight_shape").tolist() == [6, 4, 3, 3]
+    assert flat.pop("a.weight_shape").tolist() == [6, 36]
+    assert stored.keys() == flat.keys()
+    assert all(torch.equal(stored[key], flat[key]) for key in flat)
+
+
 def test_float_bit_patterns_are_stored_as_they_are() -> None:
     quantized = WeightSpec(FORMATS["e4m3"]).quantize(weights())
     packed = pack("a", quantized)["a.bitlaw_codes"]
@@ -158,6 +175,9 @@ def damage_element(key: str, value: float) -> Damage:
         (lambda t: t.update({"a.weight_shape": torch.tensor([6, 20])}), "a.weight_shape", "not a multiple"),
         (lambda t: t.update({"a.weight_shape": torch.tensor([6, 32])}), "a.weight_scale", "shape"),
         (lambda t: t.update({"a.weight_shape": torch.tensor([6.0, 24.0])}), "a.weight_shape", "expected int64"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([6, 8, 3])}), "a.weight_shape", "not the shape of a"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([6, 4, 3, 3])}), "a.weight_shape", "4 channels x 3 x 3"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([6, 8, 2, 2])}), "a.weight_scale", r"expected \(6, 4\)"),
     ],
 )
 def test_damage_is_an_error_that_names_the_tensor(damage: Damage, named: str, what: str) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from bitlaw.formats import FORMATS
 from bitlaw.precision import GroupSize, Precision
-from bitlaw.quantized import ActivationSpec, FakeQuant, QuantLinear, StoredBits, WeightSpec, packed_bits
+from bitlaw.quantized import (
+    ActivationSpec,
+    FakeQuant,
+    QuantConv2d,
+    QuantLinear,
+    StoredBits,
+    WeightSpec,
+    packed_bits,
+)
 
 
 @dataclass
@@ -54,6 +62,17 @@ def test_convolutions_keep_their_shape_and_scale_by_output_channel() -> None:
     assert torch.equal(quantized.decode().reshape(5, 36), flat.decode())
 
 
+def test_groups_of_a_convolution_run_along_channel_row_and_column() -> None:
+    weight = randn(5, 4, 3, 3)
+    spec = WeightSpec(FORMATS["int4"], 12)  # more than a channel's 9
+    assert torch.equal(spec.groups(weight)[4], weight[1].flatten()[12:24])
+    quantized, flat = spec.quantize(weight), spec.quantize(weight.flatten(1))
+    assert torch.equal(quantized.decode().flatten(1), flat.decode())
+    assert quantized.bits() == flat.bits()
+    whole = WeightSpec(FORMATS["int4"], "tensor").quantize(weight)
+    assert whole.params["scale_G1"].shape == (1, 1)
+
+
 def test_clip_narrows_the_range() -> None:
     weight = randn(4, 256)
     full, clipped = (WeightSpec(FORMATS["int4s"]).quantize(weight, clip=clip) for clip in (1.0, 0.5))
@@ -79,10 +98,16 @@ def test_weights_that_are_no_numbers_are_refused_by_name(bad: float) -> None:
 def test_group_size_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match="fc1: 12 input channels, not a multiple of group size 8; use one scale"):
         WeightSpec(FORMATS["int4"], 8).quantize(randn(4, 12), name="fc1")
-    assert WeightSpec(FORMATS["int4"], 256).problem(1152) == (
+    assert WeightSpec(FORMATS["int4"], 256).problem((1, 1152)) == (
         "1152 input channels, not a multiple of group size 256; use 128 or protect this site"
     )
-    assert WeightSpec(FORMATS["int4"], 128).problem(1152) is None
+    assert WeightSpec(FORMATS["int4"], 128).problem((1, 1152)) is None
+    assert WeightSpec(FORMATS["int4"], 64).problem((5, 32, 3, 3)) == (
+        "288 inputs (32 channels x 3 x 3 kernel), not a multiple of group size 64; use 32 or protect this site"
+    )
+    assert WeightSpec(FORMATS["int4"], 96).problem((5, 32, 3, 3)) is None
+    with pytest.raises(ValueError, match=r"conv_in: 27 inputs \(3 channels x 3 x 3 kernel\).* use one scale"):
+        WeightSpec(FORMATS["int4"], 8).quantize(randn(4, 3, 3, 3), name="conv_in")
 
 
 def test_bits_count_scales_zeros_and_padding() -> None:
@@ -114,9 +139,22 @@ def test_tokens_do_not_see_each_other(name: str) -> None:
     assert torch.equal(x, randn(5, 37, 24))  # and the input is left as it was
 
 
+@pytest.mark.parametrize("name", ["int4", "int8s", "e4m3", "e2m1"])
+def test_images_do_not_see_each_other(name: str) -> None:
+    """Every image has the range of all its channels and positions, in any memory layout."""
+    spec = ActivationSpec(FORMATS[name], "image")
+    x = randn(5, 3, 6, 7) * torch.tensor([1.0, 30, 0.01, 1, 5]).view(5, 1, 1, 1)
+    out = spec.fake(x)
+    assert torch.equal(out, FORMATS[name].fake(x.flatten(1)).view_as(x))
+    assert torch.equal(spec.fake(x[1:2]), out[1:2]) and torch.equal(spec.fake(x[1]), out[1])
+    assert torch.equal(spec.fake(x.contiguous(memory_format=torch.channels_last)), out)
+    assert not torch.equal(ActivationSpec(FORMATS[name], "tensor").fake(x)[0], out[0])
+    assert not torch.equal(ActivationSpec(FORMATS[name]).fake(x), out)
+
+
 def test_one_scale_for_the_tensor() -> None:
     x = randn(3, 5, 8)
-    out = ActivationSpec(FORMATS["int4"], per_tensor=True).fake(x)
+    out = ActivationSpec(FORMATS["int4"], "tensor").fake(x)
     assert torch.equal(out, FORMATS["int4"].fake(x.reshape(1, -1)).reshape(x.shape))
     assert len(out.unique()) <= 16
 
@@ -184,3 +222,91 @@ def test_dropped_weights_and_inputs_are_zero() -> None:
     linear, x = nn.Linear(24, 10), randn(6, 24)
     for text in ("W0A16", "W16A0"):
         assert torch.equal(quant_linear(linear, text)(x), linear.bias.expand(6, 10))
+
+
+# ---- convolutions -------------------------------------------------------------------------------------
+
+
+def quant_conv(conv: nn.Conv2d, text: str) -> QuantConv2d:
+    precision = Precision.parse(text)
+    quantized = WeightSpec.of(precision.weight).quantize(conv.weight.detach()) if precision.weight else None
+    return QuantConv2d(conv, quantized, [precision], (0,), Clock())
+
+
+def rounded_by_hand(x: Tensor) -> Tensor:
+    """Asymmetric 8 bits (P0 eq. 4-6) with one range for all of x."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = (high - low) / 255
+    zero = round(-low / scale)
+    return scale * (((x / scale).round() + zero).clamp(0, 255) - zero)
+
+
+CONVOLUTIONS = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "1x1": {"kernel_size": 1, "bias": False},
+    "downsampling": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "patches": {"kernel_size": 2, "stride": 2},
+    "dilated": {"kernel_size": 3, "dilation": 2, "padding": 2},
+    "oblong": {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)},
+    "same": {"kernel_size": (3, 5), "padding": "same"},
+    "grouped": {"kernel_size": 3, "groups": 2, "padding": 1},
+    "depthwise": {"kernel_size": 3, "groups": 4, "padding": 1},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_quant_conv_is_a_convolution_of_rounded_operands(options) -> None:
+    """Images are rounded one by one, then padded with zeros as nn.Conv2d does."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 8, **options), randn(3, 4, 6, 6)
+    module = quant_conv(conv, "W4A8")
+    assert module.quantized is not None
+    weight = module.quantized.decode()
+    assert weight.shape == conv.weight.shape and not torch.equal(weight, conv.weight)
+    rounded = torch.stack([rounded_by_hand(image) for image in x])
+    expected = F.conv2d(rounded, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    # The range by hand is in float64: scales differ in their last bit.
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert module(x).shape == conv(x).shape
+    assert not torch.allclose(module(x), conv(x), atol=1e-3)
+
+
+def test_padding_is_zero_whatever_the_range() -> None:
+    """All inputs are 5 and all weights 1: a corner sees 4 of them, an edge 6, and nothing else."""
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    nn.init.ones_(conv.weight)
+    out = quant_conv(conv, "W8A8")(torch.full((1, 1, 3, 3), 5.0))
+    expected = torch.tensor([[20.0, 30, 20], [30, 45, 30], [20, 30, 20]])
+    torch.testing.assert_close(out[0, 0], expected, rtol=2**-10, atol=0)  # the weight's scale is float16
+
+
+@pytest.mark.parametrize("text", ["W4A8", "W16Ae4m3", "W4g12A4s"])
+def test_images_of_a_batch_are_convolved_as_alone(text: str) -> None:
+    torch.manual_seed(0)
+    module, x = quant_conv(nn.Conv2d(4, 8, 3, padding=1), text), randn(3, 4, 6, 6)
+    x[2] *= 100
+    alone = torch.cat([module(image[None]) for image in x])
+    # The sums of a larger batch are ordered otherwise. A shared range would be off by 100 steps.
+    torch.testing.assert_close(alone, module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_one_range_for_a_batch_of_images() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 8, 3, padding=1), randn(3, 4, 6, 6)
+    expected = F.conv2d(FORMATS["int8"].fake(x.view(1, -1)).view_as(x), conv.weight, conv.bias, padding=1)
+    assert torch.equal(quant_conv(conv, "W16A8t")(x), expected)
+
+
+def test_halves_are_convolved_as_halves() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 8, 3, padding=1), randn(3, 4, 6, 6)
+    exact = quant_conv(conv, "W4A8")(x)
+    half = quant_conv(conv.to(torch.bfloat16), "W4A8")(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert float((half - exact).abs().mean()) < 0.02 * float(exact.abs().mean())  # 8 bits of mantissa
+
+
+def test_state_dict_of_a_convolution_has_no_decoded_weight() -> None:
+    assert set(quant_conv(nn.Conv2d(4, 8, 3), "W4A8").state_dict()) == {"bias"}
+    assert set(quant_conv(nn.Conv2d(4, 8, 3), "W16A8").state_dict()) == {"weight", "bias"}
+    assert set(quant_conv(nn.Conv2d(4, 8, 3, bias=False), "W4A8").state_dict()) == set()

@@ -1,6 +1,6 @@
 """What methods are told about the inputs of a site.
 
-Legend: I input channels.
+Legend: I inputs of an output channel (`methods.method`).
 """
 
 from dataclasses import dataclass

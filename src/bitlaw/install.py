@@ -1,13 +1,24 @@
 """Put quantized layers into a network where a plan says, and read the plan back from them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from torch import nn
 
 from bitlaw.names import unknown_name
-from bitlaw.precision import BitPlan
-from bitlaw.quantized import ActivationSpec, Clock, FakeQuant, QuantizedTensor, QuantLinear, WeightSpec, all_finite
+from bitlaw.precision import BitPlan, Precision
+from bitlaw.quantized import (
+    ActivationSpec,
+    Clock,
+    FakeQuant,
+    QuantConv2d,
+    QuantizedTensor,
+    QuantLayer,
+    QuantLinear,
+    WeightSpec,
+    all_finite,
+)
 
 ATTENTION_OPERANDS = ("quant_q", "quant_k", "quant_v")
 """Attributes of an attention module that see its operands; identities in full precision."""
@@ -21,8 +32,8 @@ def install(net: nn.Module, plan: BitPlan, quantized: Mapping[str, QuantizedTens
     replaced: dict[int, nn.Module] = {}
     for name in plan:
         if not all(precision.is_full for precision in plan[name]):
-            linear = linear_at(net, name)
-            replaced[id(linear)] = QuantLinear(linear, quantized.get(name), plan[name], plan.step_groups, clock)
+            layer = net.get_submodule(name)
+            replaced[id(layer)] = _quantized_layer(layer, quantized.get(name), plan[name], plan.step_groups, clock)
     # deepcopy puts what its memo holds in the place of the original, uncopied.
     twin = copy.deepcopy(net, dict(replaced))
     for name in plan:
@@ -40,15 +51,15 @@ def check_plan(net: nn.Module, plan: BitPlan) -> None:
     problems = []
     for name in plan:
         if name not in modules:
-            problems.append(str(unknown_name(name, _linears(net), "site")))
+            problems.append(str(unknown_name(name, _quantizable_names(net), "site")))
             continue
         module = modules[name]
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLayer):
             problems.append(f"{name}: quantized already; start from the full-precision model")
-        elif not isinstance(module, nn.Linear):
-            problems.append(f"{name}: {type(module).__name__}, and only a linear can be quantized; protect this site")
+        elif not is_quantizable(module):
+            problems.append(f"{name}: {_found(module)}, and only {QUANTIZABLE} can be quantized; protect this site")
         elif precision := plan.weight(name):
-            if problem := WeightSpec.of(precision).problem(module.in_features):
+            if problem := WeightSpec.of(precision).problem(module.weight.shape):
                 problems.append(f"{name}: {problem}")
             if not all_finite(module.weight):
                 problems.append(f"{name}.weight: NaN or Inf in the weights; nothing can be quantized from them")
@@ -61,18 +72,49 @@ def check_plan(net: nn.Module, plan: BitPlan) -> None:
 
 def plan_of(net: nn.Module) -> BitPlan | None:
     """The plan of a network's quantized sites, read from its layers; None if it is in full precision."""
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, QuantLinear)}
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, QuantLayer)}
     if not layers:
         return None
     step_groups = next(iter(layers.values())).input_quant.step_groups
     return BitPlan({name: layer.precisions for name, layer in layers.items()}, step_groups)
 
 
-def linear_at(net: nn.Module, name: str) -> nn.Linear:
-    linear = net.get_submodule(name)
-    assert isinstance(linear, nn.Linear)  # `check_plan` has seen to it
-    return linear
+QUANTIZABLE = "a linear or a plain convolution (nn.Conv2d padded with zeros)"
 
 
-def _linears(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+def is_quantizable(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether a layer has a quantized twin.
+
+    Subclasses of nn.Linear are taken for linears. Those of nn.Conv2d often add something to the convolution, which the
+    twin would leave out: they must not have a `forward` of their own.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return isinstance(module, nn.Linear)
+    own = type(module)
+    is_plain = own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
+    return is_plain and module.padding_mode == "zeros"
+
+
+def _quantized_layer(
+    layer: nn.Module,
+    quantized: QuantizedTensor | None,
+    precisions: Sequence[Precision],
+    step_groups: Sequence[int],
+    clock: Clock,
+) -> QuantLayer:
+    assert is_quantizable(layer)  # `check_plan` has seen to it
+    if isinstance(layer, nn.Conv2d):
+        return QuantConv2d(layer, quantized, precisions, step_groups, clock)
+    return QuantLinear(layer, quantized, precisions, step_groups, clock)
+
+
+def _found(module: nn.Module) -> str:
+    """What a layer is, for those who may not know why it cannot be quantized."""
+    found = type(module).__name__
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"{found} with {module.padding_mode} padding"
+    return found
+
+
+def _quantizable_names(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if is_quantizable(module)]

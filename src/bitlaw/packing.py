@@ -5,12 +5,13 @@ Integers of 1 to 8 bits take the compressed-tensors pack-quantized layout, writt
     <site>.weight_packed      int32 (O, words)       codes, dense within a row
     <site>.weight_scale       float16 (O, groups)    float32 if a scale is out of float16's range
     <site>.weight_zero_point  int32 (words, groups)  packed along the output channels
-    <site>.weight_shape       int64 (2,)
+    <site>.weight_shape       int64 (2,)             or (4,), a convolution's (O, I, kh, kw)
 
 With one scale for the tensor, scale and zero point are (1,) and not packed. What the layout cannot hold has names of
 its own: `bitlaw_codes` and `bitlaw_zero_point` for other formats and widths, `bitlaw_<name>` for further parameters of
 a format. Codes wider than 8 bits are two planes side by side, the low 8 bits and the rest. Bit patterns of floats are
-stored as they are (e2m1: eight to a word, the first in the lowest bits). A dropped tensor has only a shape.
+stored as they are (e2m1: eight to a word, the first in the lowest bits). A dropped tensor has only a shape. All but the
+shape of a convolution is that of the linear (O, I kh kw).
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from bitlaw.formats import Format, IntegerFormat
 from bitlaw.precision import BitPlan
-from bitlaw.quantized import QuantizedTensor, QuantLinear, WeightSpec, packed_bits
+from bitlaw.quantized import QuantizedTensor, QuantLayer, WeightSpec, packed_bits
 
 # ---- one weight ---------------------------------------------------------------------------------------
 
@@ -56,11 +57,11 @@ def unpack(name: str, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Quanti
     codes_key, zeros_key = _keys(format)
 
     size = stored.take("weight_shape", torch.int64)
-    if size.ndim != 1 or len(size) < 2 or size.min() < 1:
+    if size.ndim != 1 or len(size) not in (2, 4) or size.min() < 1:
         raise stored.damaged("weight_shape", f"{size.tolist()} is not the shape of a weight")
     shape = tuple(int(n) for n in size)
     rows, num_inputs, num_groups = shape[0], int(size[1:].prod()), spec.num_groups(shape)
-    if problem := spec.problem(num_inputs):
+    if problem := spec.problem(shape):
         raise stored.damaged("weight_shape", problem)
 
     params = {}
@@ -169,7 +170,7 @@ def pack_network(net: nn.Module) -> dict[str, Tensor]:
     """The packed tensors of every quantized weight of a network, to be stored beside its state dict."""
     tensors: dict[str, Tensor] = {}
     for name, module in net.named_modules():
-        if isinstance(module, QuantLinear) and module.quantized is not None:
+        if isinstance(module, QuantLayer) and module.quantized is not None:
             tensors |= pack(name, module.quantized)
     return tensors
 

@@ -6,7 +6,8 @@
 
 16 means as the checkpoint is, and is what A and KV are if they are not given. Without `groups` each output channel of a
 weight has its scale; activations (dynamic ranges) have one for each token, with `t` one for the tensor, which makes an
-image depend on its batch; attention operands have one for each token and head. 0 drops a tensor: it is zero.
+image depend on its batch; attention operands have one for each token and head. 0 drops a tensor: it is zero. Of a
+convolution, `g` counts the numbers a window covers (channels x kernel), and inputs have a scale for each image.
 """
 
 import re
@@ -20,7 +21,7 @@ from bitlaw.formats import FORMATS, Format, format_name
 from bitlaw.names import unknown_name
 
 GroupSize = int | Literal["tensor"] | None
-"""Input channels that share a scale; None for a whole output channel (a weight) or token (an activation)."""
+"""Inputs that share a scale; None for a whole output channel (a weight), token or image (an activation)."""
 
 FULL_BITS = 16
 """Nominal bits of what is left as the checkpoint is."""

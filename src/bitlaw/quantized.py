@@ -1,17 +1,18 @@
 """Quantized tensors, and modules that compute with them in floating point ("simulated", or fake, quantization).
 
-Legend: O output channels, I input channels, G groups, N numbers in a group.
+Legend: O output channels, I input channels, G groups, N numbers in a group; B images, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlaw.formats import Format, Params
+from bitlaw.linear import linear
 from bitlaw.precision import GroupSize, Precision, TensorPrecision, step_group
 
 
@@ -31,7 +32,10 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How a weight is to be stored: a format, and the input channels that share its parameters.
+    """How a weight is to be stored: a format, and the inputs of an output channel that share its parameters.
+
+    The inputs of a linear are its input channels; those of a convolution are the numbers of a window that an output
+    channel weighs, in the order of its weight: (channel, row, column).
 
     group_size: None for a whole output channel, "tensor" for everything
     """
@@ -44,13 +48,17 @@ class WeightSpec:
         """The spec that a precision means."""
         return cls(precision.format, precision.group_size)
 
-    def problem(self, num_inputs: int) -> str | None:
-        """Why a weight with so many input channels cannot have these groups, and what to do; None if it can."""
+    def problem(self, shape: Sequence[int]) -> str | None:
+        """Why a weight of this shape cannot have these groups, and what to do; None if it can."""
+        num_inputs = prod(shape[1:])
         if not isinstance(self.group_size, int) or num_inputs % self.group_size == 0:
             return None
         common = gcd(num_inputs, self.group_size)
         remedy = f"use {common}" if common >= 8 else "use one scale for each output channel (no g)"
-        found = f"{num_inputs} input channels, not a multiple of group size {self.group_size}"
+        inputs = f"{num_inputs} input channels"
+        if len(shape) == 4:
+            inputs = f"{num_inputs} inputs ({shape[1]} channels x {shape[2]} x {shape[3]} kernel)"
+        found = f"{inputs}, not a multiple of group size {self.group_size}"
         return f"{found}; {remedy} or protect this site"
 
     def num_groups(self, shape: Sequence[int]) -> int:
@@ -74,7 +82,7 @@ class WeightSpec:
         """Each weight to the nearest code. ValueError, with `name`, for NaN, Inf or groups that do not divide."""
         if not all_finite(weight):
             raise ValueError(f"{name}: NaN or Inf in the weights; nothing can be quantized from them")
-        if problem := self.problem(weight[0].numel()):
+        if problem := self.problem(weight.shape):
             raise ValueError(f"{name}: {problem}")
         params = self.fit(weight, clip, importance_I)
         codes_GN = self.format.encode(self.groups(weight.float()), params)
@@ -93,7 +101,7 @@ class StoredBits:
 
     @property
     def total(self) -> int:
-        """All of them. The 16 bytes that hold the shape count with the file's header."""
+        """All of them. The bytes that hold the shape count with the file's header."""
         return self.codes + self.scales + self.zeros + self.other
 
     def __add__(self, more: "StoredBits") -> "StoredBits":
@@ -141,24 +149,29 @@ def packed_bits(count: int, width: int) -> int:
 # ---- activations --------------------------------------------------------------------------------------
 
 
+RangeOf = Literal["token", "image", "tensor"]
+"""What shares a range: the last dimension, the last three (C, H, W), or everything."""
+
+
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Dynamic quantization of activations: a range for each token (the last dimension), or for the tensor at hand."""
+    """Dynamic quantization of activations: a range for each token, for each image or for the tensor at hand."""
 
     format: Format
-    per_tensor: bool = False
+    range_of: RangeOf = "token"
 
     @classmethod
-    def of(cls, precision: TensorPrecision) -> Self:
-        """The spec that a precision means."""
-        return cls(precision.format, precision.group_size == "tensor")
+    def of(cls, precision: TensorPrecision, range_of: RangeOf = "token") -> Self:
+        """The spec that a precision means; `range_of` is what a layer of this kind does where it has no `t`."""
+        return cls(precision.format, "tensor" if precision.group_size == "tensor" else range_of)
 
     def fake(self, x: Tensor) -> Tensor:
         """`x` rounded to what its codes can say, in the type of x; rounding passes no gradient.
 
-        With a range for each token no token sees another: a result does not depend on the batch.
+        With a range for each token or image none sees another: a result does not depend on the batch.
         """
-        x_GN = x.detach().float().reshape((1, -1) if self.per_tensor else (-1, x.shape[-1]))
+        shared = {"token": x.shape[-1:], "image": x.shape[-3:], "tensor": x.shape}[self.range_of]
+        x_GN = x.detach().float().reshape(-1, prod(shared))
         return self.format.fake(x_GN).view(x.shape).to(x.dtype)
 
 
@@ -171,7 +184,7 @@ class FakeQuant(nn.Module):
         self.specs, self.step_groups, self.clock = tuple(specs), tuple(step_groups), clock
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N) -> (..., N)."""
+        """x, of the same shape."""
         spec = self.specs[step_group(self.step_groups, self.clock.step)]
         return x if spec is None else spec.fake(x)
 
@@ -179,15 +192,49 @@ class FakeQuant(nn.Module):
         return f"{self.specs}, step_groups={self.step_groups}"
 
 
-class QuantLinear(nn.Module):
-    """A linear layer that computes with the decoded weight and fake-quantized inputs.
+# ---- layers -------------------------------------------------------------------------------------------
+
+
+class QuantLayer(nn.Module):
+    """A layer that computes with the decoded weight and fake-quantized inputs; subclasses say what it computes.
 
     precisions: for each step group; all have the same weight precision
     quantized: the weight, or None where it stays as it is
     """
 
+    range_of: ClassVar[RangeOf]
+    """What has a range of its own in the layer's inputs."""
     quantized: QuantizedTensor | None
     weight: Tensor
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        quantized: QuantizedTensor | None,
+        precisions: Sequence[Precision],
+        step_groups: Sequence[int],
+        clock: Clock,
+    ):
+        super().__init__()
+        self.precisions, self.quantized = tuple(precisions), quantized
+        specs = [ActivationSpec.of(p.activation, self.range_of) if p.activation else None for p in precisions]
+        self.input_quant = FakeQuant(specs, step_groups, clock)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        if quantized is None:
+            self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        else:
+            assert quantized.shape == tuple(layer.weight.shape)
+            # Not in the state dict: `packing` stores the codes.
+            self.register_buffer("weight", quantized.decode().to(layer.weight), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {', '.join(map(str, self.precisions))}"
+
+
+class QuantLinear(QuantLayer):
+    """nn.Linear with rounded operands; a range for each token."""
+
+    range_of = "token"
 
     def __init__(
         self,
@@ -197,23 +244,33 @@ class QuantLinear(nn.Module):
         step_groups: Sequence[int],
         clock: Clock,
     ):
-        super().__init__()
+        super().__init__(linear, quantized, precisions, step_groups, clock)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.precisions, self.quantized = tuple(precisions), quantized
-        specs = [ActivationSpec.of(p.activation) if p.activation else None for p in precisions]
-        self.input_quant = FakeQuant(specs, step_groups, clock)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        if quantized is None:
-            self.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-        else:
-            assert quantized.shape == tuple(linear.weight.shape)
-            # Not in the state dict: `packing` stores the codes.
-            self.register_buffer("weight", quantized.decode().to(linear.weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return F.linear(self.input_quant(x), self.weight, self.bias)
+        return linear(self.input_quant(x), self.weight, self.bias)
 
-    def extra_repr(self) -> str:
-        precisions = ", ".join(map(str, self.precisions))
-        return f"{self.in_features}, {self.out_features}, {precisions}"
+
+class QuantConv2d(QuantLayer):
+    """nn.Conv2d with rounded operands; a range for each image. What pads the image are exact zeros."""
+
+    range_of = "image"
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        quantized: QuantizedTensor | None,
+        precisions: Sequence[Precision],
+        step_groups: Sequence[int],
+        clock: Clock,
+    ):
+        super().__init__(conv, quantized, precisions, step_groups, clock)
+        assert conv.padding_mode == "zeros"  # `install.check_plan` has seen to it
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H', W')."""
+        x = self.input_quant(x)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -1,14 +1,25 @@
 """What every entry of FAMILIES promises. An entry without a tiny model here fails the first test."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from bitlaw.models import FAMILIES
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders.token_vq import TokenVQ
+from bitlaw.models.ddpm import DDPM, UNetSampling
 from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.generator import Noise, replay, rollout
+from bitlaw.models.large_dit import LargeDiT
+from bitlaw.models.ldm import LDM
+from bitlaw.models.llamagen import LlamaGen
+from bitlaw.models.mar import MAR, MARSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.large_dit import LargeDiTConfig, LargeDiTTransformer
+from bitlaw.models.networks.llamagen import LlamaGenConfig, LlamaGenTransformer
+from bitlaw.models.networks.mar import MARConfig, MARTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.storage import read_checkpoint, write_checkpoint
@@ -24,7 +35,8 @@ def awake(module):
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.normal_(linear.bias, std=0.1)
+            if linear.bias is not None:
+                nn.init.normal_(linear.bias, std=0.1)
             if hasattr(linear, "has_bias"):
                 linear.bias.data.mul_(linear.has_bias)
     return module.eval().requires_grad_(False)
@@ -48,7 +60,66 @@ def tiny_dit_learned_variance():
     return DiT(awake(net), latents, Diffusion(), DiTSampling(num_steps=4), latent_scale=0.7)
 
 
-TINY = {"var": tiny_var, "dit": tiny_dit, "dit-learned-variance": tiny_dit_learned_variance}
+def tiny_large_dit():
+    net = LargeDiTTransformer(LargeDiTConfig(2, 16, 2, 5, 4, 4, 2, hidden=24))
+    return LargeDiT(awake(net), awake(tokenizer()), Diffusion(), DiTSampling(num_steps=4), latent_scale=0.7)
+
+
+def tiny_llamagen():
+    from diffusers import VQModel  # slow to import
+
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (4, 8), "latent_channels": 4, "norm_num_groups": 2}
+    tokens = VQModel(**levels, **sizes, num_vq_embeddings=16, vq_embed_dim=4, mid_block_add_attention=False)
+    net = LlamaGenTransformer(LlamaGenConfig(2, 16, 2, side=4, num_classes=5, vocab_size=16, hidden=32))
+    return LlamaGen(awake(net), awake(TokenVQ(tokens)))
+
+
+def tiny_mar():
+    net = MARTransformer(MARConfig(16, 2, 2, 2, 2, 12, num_classes=5, side=4, latent_channels=4, buffer_size=3))
+    sampling = MARSampling(guidance=2.0, num_steps=4, head_steps="ddim4")
+    return MAR(awake(net), awake(tokenizer()), sampling, latent_scale=0.7)
+
+
+def tiny_unet(down, up, num_classes=0, **settings):
+    from bitlaw.models.networks.unet import UNet, UNetConfig  # slow to import
+
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    types = {"down_block_types": (down,) * 2, "up_block_types": (up,) * 2}
+    return awake(UNet(UNetConfig({**sizes, **types, **settings}, num_classes=num_classes)))
+
+
+def tiny_ddpm():
+    more = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "attention_head_dim": None}
+    net = tiny_unet("AttnDownBlock2D", "AttnUpBlock2D", **more)
+    return DDPM(net, sampling=UNetSampling(num_steps=4))
+
+
+def tiny_ldm():
+    more = {"sample_size": 4, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8}
+    net = tiny_unet("AttnDownBlock2D", "AttnUpBlock2D", **more)
+    sampling = UNetSampling(num_steps=4, sampler="ddim", eta=0.5, clip=False, first_timestep=1, to_x0=False)
+    return LDM(net, awake(tokenizer()), sampling=sampling, latent_scale=0.7)
+
+
+def tiny_ldm_of_classes():
+    more = {"sample_size": 4, "in_channels": 4, "out_channels": 4, "attention_head_dim": 1, "cross_attention_dim": 12}
+    net = tiny_unet("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", num_classes=5, **more)
+    sampling = UNetSampling(guidance=2.0, num_steps=4, sampler="ddim", clip=False, first_timestep=1, to_x0=False)
+    return LDM(net, awake(tokenizer()), sampling=sampling)
+
+
+TINY = {
+    "var": tiny_var,
+    "dit": tiny_dit,
+    "dit-learned-variance": tiny_dit_learned_variance,
+    "large-dit": tiny_large_dit,
+    "llamagen": tiny_llamagen,
+    "mar": tiny_mar,
+    "ddpm": tiny_ddpm,
+    "ldm": tiny_ldm,
+    "ldm-of-classes": tiny_ldm_of_classes,
+}
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
 
 
@@ -58,8 +129,24 @@ def model(request):
     return TINY[request.param]()
 
 
-def run(model, labels=LABELS, seed=0):
+def labels_of(model):
+    """Labels of eight images; all 0 where there are no classes."""
+    return LABELS % model.num_classes
+
+
+def guided(model):
+    """The model; skips the test if it has no unconditional half."""
+    return model if model.null_label is not None else pytest.skip("no classes to be guided by")
+
+
+def run(model, labels=None, seed=0):
+    labels = labels_of(model) if labels is None else labels
     return list(rollout(model, labels, Noise(seed, range(len(labels)))))
+
+
+def attention_output(model, block):
+    """Name of the linear after a block's attention."""
+    return next(site.name for site in model.sites() if site.kind == "proj" and site.block == block)
 
 
 def tensors_of(state):
@@ -84,28 +171,30 @@ def test_extract_twice_gives_the_same_and_changes_nothing(model):
 
 def test_a_batch_of_eight_is_eight_batches_of_one(model):
     together = run(model)
-    images = model.generate(LABELS, seed=0, batch_size=8)
+    labels = labels_of(model)
+    images = model.generate(labels, seed=0, batch_size=8)
     for i in range(8):
-        alone = list(rollout(model, LABELS[i : i + 1], Noise(0, [i])))
+        alone = list(rollout(model, labels[i : i + 1], Noise(0, [i])))
         for one, many in zip(alone, together, strict=True):  # to the rounding of matrix products
             torch.testing.assert_close(one.extracted.features[0], many.extracted.features[i], atol=1e-4, rtol=1e-4)
-    difference = (model.generate(LABELS, seed=0, batch_size=1).int() - images.int()).abs()
+    difference = (model.generate(labels, seed=0, batch_size=1).int() - images.int()).abs()
     assert difference.max() <= 1 and images.shape == (8, 3, model.image_size, model.image_size)
 
 
 def test_the_same_seed_gives_the_same_images_and_another_one_others(model):
-    images = model.generate(LABELS, seed=1)
-    assert images.dtype == torch.uint8 and torch.equal(images, model.generate(LABELS, seed=1))
-    assert not torch.equal(images, model.generate(LABELS, seed=2))
-    assert not torch.equal(images, model.generate(LABELS.flip(0), seed=1))
-    tail = model.generate(LABELS[4:], seed=1, first_image=4)
+    labels = labels_of(model)
+    images = model.generate(labels, seed=1)
+    assert images.dtype == torch.uint8 and torch.equal(images, model.generate(labels, seed=1))
+    assert not torch.equal(images, model.generate(labels, seed=2))
+    assert torch.equal(images, model.generate(labels.flip(0), seed=1)) == (model.num_classes == 1)
+    tail = model.generate(labels[4:], seed=1, first_image=4)
     assert (tail.int() - images[4:].int()).abs().max() <= 1  # a batch of another size rounds otherwise
 
 
 def test_guidance_one_is_the_conditional_model(model):
     """w = 1 leaves the unconditional half out; with both halves at a w next to 1 the numbers are those."""
-    rows = []
-    proj = model.net.blocks[0].attn.proj
+    model, rows = guided(model), []
+    proj = model.net.get_submodule(attention_output(model, 0))
     handle = proj.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     one = run(model.with_sampling(guidance=1.0))
     assert set(rows) == {len(LABELS)}
@@ -114,31 +203,35 @@ def test_guidance_one_is_the_conditional_model(model):
     assert set(rows) == {2 * len(LABELS)}
     handle.remove()
     for a, b in zip(one, near, strict=True):
-        torch.testing.assert_close(a.extracted.features, b.extracted.features, atol=1e-4, rtol=1e-4)
+        conditional = b.extracted.features[..., : a.extracted.features.shape[-1]]  # of MAR's features the first half
+        torch.testing.assert_close(a.extracted.features, conditional, atol=1e-4, rtol=1e-4)
     far = run(model.with_sampling(guidance=3.0))
-    assert not torch.allclose(one[-1].extracted.features, far[-1].extracted.features, atol=1e-2)
+    last = far[-1].extracted.features[..., : one[-1].extracted.features.shape[-1]]
+    assert not torch.allclose(one[-1].extracted.features, last, atol=1e-2)
 
 
-def test_sites_are_all_linears_and_their_uses_are_counted(model):
+def test_sites_are_all_linears_and_convolutions_and_their_uses_are_counted(model):
     """One image without guidance: the rows that reach a site are its `uses`."""
     sites, rows = {site.name: site for site in model.sites()}, {}
-    linears = {name: module for name, module in model.net.named_modules() if isinstance(module, nn.Linear)}
-    assert set(sites) == set(linears) and len(sites) == len(model.sites())
+    layers = {n: module for n, module in model.net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    assert set(sites) == set(layers) and len(sites) == len(model.sites())
 
     def count(name):
-        def hook(module, inputs):
-            rows[name] = rows.get(name, 0) + inputs[0].numel() // module.in_features
+        def hook(module, inputs, output):
+            rows[name] = rows.get(name, 0) + output.numel() // module.weight.shape[0]
 
         return hook
 
-    handles = [module.register_forward_pre_hook(count(name)) for name, module in linears.items()]
-    run(model.with_sampling(guidance=1.0), LABELS[:1])
+    handles = [module.register_forward_hook(count(name)) for name, module in layers.items()]
+    run(model.with_sampling(guidance=1.0), labels_of(model)[:1])
     for handle in handles:
         handle.remove()
     assert rows == {name: site.uses for name, site in sites.items()}
-    for name, site in sites.items():
-        assert site.phase == ("blocks" if name.startswith("blocks.") else site.phase)
-        assert site.block == (int(name.split(".")[1]) if name.startswith("blocks.") else None)
+    numbers = {}  # of the blocks, in the order in which they run
+    for site in model.sites():
+        block = re.match(r"(?:(?:encoder|decoder)_)?(?:blocks|layers)\.\d+\.|unet\.(?:mid_block|\w+_blocks\.\d+)\.", site.name)
+        assert site.phase == ("blocks" if block else site.phase)
+        assert site.block == (numbers.setdefault(block.group(), len(numbers)) if block else None)
 
 
 def test_attention_operands_can_be_quantized(model):
@@ -152,8 +245,8 @@ def test_attention_operands_can_be_quantized(model):
 
     for operand in ("quant_q", "quant_k", "quant_v"):
         changed = type(model).from_checkpoint(*model.to_checkpoint())
-        for name, module in changed.net.named_modules():
-            if name.endswith(".attn"):
+        for module in changed.net.modules():
+            if hasattr(module, operand):
                 setattr(module, operand, Zero())
         steps = run(changed)
         assert not torch.allclose(steps[-1].extracted.features, plain, atol=1e-3)
@@ -163,7 +256,7 @@ def test_attention_operands_can_be_quantized(model):
 
 def test_the_clock_tells_the_step(model):
     seen = []
-    linear = model.net.blocks[0].attn.proj
+    linear = model.net.get_submodule(attention_output(model, 0))
     handle = linear.register_forward_pre_hook(lambda module, inputs: seen.append(model.clock.step))
     run(model)
     handle.remove()
@@ -172,11 +265,13 @@ def test_the_clock_tells_the_step(model):
 
 def test_losses_of_images_do_not_depend_on_the_batch(model):
     images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    losses = model.loss(images, LABELS, Noise(0, range(8)))
+    labels = labels_of(model)
+    losses = model.loss(images, labels, Noise(0, range(8)))
     assert losses.shape == (8,) and losses.isfinite().all()
-    alone = torch.cat([model.loss(images[i : i + 1], LABELS[i : i + 1], Noise(0, [i])) for i in range(8)])
+    alone = torch.cat([model.loss(images[i : i + 1], labels[i : i + 1], Noise(0, [i])) for i in range(8)])
     torch.testing.assert_close(alone, losses, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(model.loss(images, LABELS.flip(0), Noise(0, range(8))), losses)
+    flipped = model.loss(images, labels.flip(0), Noise(0, range(8)))
+    assert torch.allclose(flipped, losses) == (model.num_classes == 1)
 
 
 def test_checkpoint_round_trip(model, tmp_path):
@@ -185,26 +280,27 @@ def test_checkpoint_round_trip(model, tmp_path):
     stored = read_checkpoint(tmp_path / "model")
     again = FAMILIES[stored.config["family"]].from_checkpoint(stored.config, stored.tensors)
     assert type(again) is type(model) and again.sampling == model.sampling and again.image_size == model.image_size
-    assert torch.equal(again.generate(LABELS), model.generate(LABELS))
+    assert torch.equal(again.generate(labels_of(model)), model.generate(labels_of(model)))
     assert {k: v.tolist() for k, v in again.to_checkpoint()[1].items()} == {k: v.tolist() for k, v in tensors.items()}
 
 
 def test_checkpoint_with_a_tensor_missing_names_it(model):
     config, tensors = model.to_checkpoint()
-    name = next(name for name in tensors if name.endswith("proj.weight") and "blocks.1" in name)
+    name = attention_output(model, 1) + ".weight"
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ": missing"):
         type(model).from_checkpoint(config, {k: v for k, v in tensors.items() if k != name})
 
 
 def test_wrong_labels_are_refused(model):
-    with pytest.raises(ValueError, match="label 5 out of range: this model has classes 0 to 4"):
-        model.generate([0, 5])
+    above = model.num_classes
+    with pytest.raises(ValueError, match=f"label {above} out of range: this model has classes 0 to {above - 1}"):
+        model.generate([0, above])
     with pytest.raises(ValueError, match="no labels"):
         model.generate([])
 
 
 def test_sampling_settings_replace_only_what_is_given(model):
-    other = model.with_sampling(guidance=3.0)
+    other = guided(model).with_sampling(guidance=3.0)
     assert other.sampling.guidance == 3.0 and other.net is model.net
     assert model.with_sampling(guidance=None).sampling == model.sampling
     assert torch.equal(model.generate([1], guidance=3.0), other.generate([1]))

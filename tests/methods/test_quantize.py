@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
 from bitlaw.formats import FORMATS
-from bitlaw.install import install, plan_of
+from bitlaw.install import install, is_quantizable, plan_of
 from bitlaw.methods import RTN, LayerMethod
 from bitlaw.methods.quantize import check_quantizable, quantize, quantize_network
-from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
+from bitlaw.models.autoencoders.multi_scale_vq import Phi, VQTokenizer, VQTokenizerConfig
 from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
-from bitlaw.models.networks.var import VARConfig, VARTransformer
+from bitlaw.models.networks.var import QKVLinear, VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.var import VAR, VARSampling
 from bitlaw.packing import pack_network, unpack_network
 from bitlaw.precision import BitPlan, Precision
-from bitlaw.quantized import FakeQuant, QuantizedTensor, QuantLinear, WeightSpec
+from bitlaw.quantized import FakeQuant, QuantConv2d, QuantizedTensor, QuantLayer, QuantLinear, WeightSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -131,7 +131,8 @@ def test_every_site_that_cannot_be_is_named_before_any_work(net: nn.Module) -> N
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("unknown site '0.fcc'; did you mean 0.fc")
-    assert lines[1] == "0.norm: LayerNorm, and only a linear can be quantized; protect this site"
+    assert lines[1].startswith("0.norm: LayerNorm, and only a linear or a plain convolution")
+    assert lines[1].endswith("can be quantized; protect this site")
     assert lines[2].startswith("0.attn.proj: 16 input channels, not a multiple of group size 12")
     assert lines[3] == "0.fc: not inside an attention module that shows its operands; drop KV at this site"
     assert lines[4].startswith("1.fc.weight: NaN or Inf")
@@ -180,6 +181,146 @@ def test_methods_get_what_they_need_or_say_so(net: nn.Module) -> None:
     assert error(searched) < error(rtn)
 
 
+# ---- convolutions -------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """What a UNet is made of: convolutions, a linear for the timestep, attention over positions."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1, groups=2)
+        self.shortcut = nn.Conv2d(width, width, 1, bias=False)
+        self.down = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.attn = Attention(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shortcut(x) + self.conv2(self.conv1(x).relu())
+        tokens = self.attn(self.down(x).flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // 2, -1))
+
+
+IMAGES = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(2))
+CONVOLUTIONS = ("conv1", "conv2", "shortcut", "down")
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return ResidualBlock(8).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("text", ["W4A8", "W3g8A8", "W8tA8t", "W12sAe4m3", "We2m1", "W16A6", "W0A0"])
+def test_convolutions_survive_packing_bit_for_bit(unet: nn.Module, text: str) -> None:
+    sites = plan(text, *CONVOLUTIONS, "attn.qkv", "attn.proj")
+    small = quantize_network(unet, sites, "rtn", Clock())
+    assert {name for name, m in small.named_modules() if isinstance(m, QuantConv2d)} == set(CONVOLUTIONS)
+    assert {name for name, m in small.named_modules() if isinstance(m, QuantLinear)} == {"attn.qkv", "attn.proj"}
+    assert not torch.equal(small(IMAGES), unet(IMAGES))
+
+    saved_plan = plan_of(small)
+    assert saved_plan is not None and saved_plan.sites == sites.sites
+    quantized, rest = unpack_network(small.state_dict() | pack_network(small), saved_plan)
+    again = ResidualBlock(8)
+    again.load_state_dict(rest)
+    assert torch.equal(install(again, saved_plan, quantized, Clock())(IMAGES), small(IMAGES))
+
+
+def test_every_convolution_takes_the_bits_it_says(unet: nn.Module) -> None:
+    small = quantize_network(unet, plan("W3g8A8", *CONVOLUTIONS), "rtn", Clock())
+    stored = pack_network(small)
+    for name in CONVOLUTIONS:
+        layer = small.get_submodule(name)
+        assert isinstance(layer, QuantLayer) and layer.quantized is not None
+        parts = {key: t for key, t in stored.items() if key.startswith(f"{name}.") and not key.endswith("_shape")}
+        assert 8 * sum(t.nbytes for t in parts.values()) == layer.quantized.bits().total
+        # 3 bits, and for every 8 weights 16 of scale and 3 of zero point; less than a word is added to a row.
+        expected = 3 + 19 / 8
+        padding = 32 / unet.get_parameter(f"{name}.weight")[0].numel()
+        assert expected <= layer.quantized.bits().total / layer.weight.numel() < expected + padding
+
+
+def test_nearly_exact_convolutions_are_nearly_the_original(unet: nn.Module) -> None:
+    """In 12 bits the error is that of rounding, 2^-12 of a range for each number, however they are placed."""
+    small = quantize_network(unet, plan("W12A12", *CONVOLUTIONS), "rtn", Clock())
+    torch.testing.assert_close(small(IMAGES), unet(IMAGES), rtol=0, atol=2e-3)
+
+
+def test_halves_of_a_network_stay_halves(unet: nn.Module) -> None:
+    exact = quantize_network(unet, plan("W4A8", *CONVOLUTIONS), "rtn", Clock())(IMAGES)
+    half = quantize_network(unet.to(torch.bfloat16), plan("W4A8", *CONVOLUTIONS), "rtn", Clock())
+    out = half(IMAGES.to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
+def test_methods_see_a_convolution_as_a_linear(unet: nn.Module) -> None:
+    """The weight flattened in the order of F.unfold, and statistics of its rows."""
+    seen = {}
+
+    @dataclass(frozen=True)
+    class Spy(LayerMethod):
+        def quantize(self, weight_OI: Tensor, stats: InputStats, spec: WeightSpec) -> QuantizedTensor:
+            seen[len(seen)] = weight_OI
+            return spec.quantize(weight_OI)
+
+    small = quantize_network(unet, plan("W4A16", *CONVOLUTIONS), Spy(), Clock())
+    assert [tuple(weight.shape) for weight in seen.values()] == [(16, 72), (8, 72), (8, 8), (8, 72)]
+    rows = nn.functional.unfold(IMAGES, 3, padding=1).transpose(1, 2)
+    unfolded = (rows @ seen[0].T + unet.get_parameter("conv1.bias")).transpose(1, 2).unflatten(2, (6, 6))
+    torch.testing.assert_close(unfolded, unet.get_submodule("conv1")(IMAGES), rtol=1e-5, atol=1e-5)
+    assert small.get_buffer("conv1.weight").shape == (16, 8, 3, 3)
+
+
+def test_convolutions_that_cannot_be_are_named_before_any_work(unet: nn.Module) -> None:
+    net = nn.ModuleDict(
+        {
+            "unet": unet,
+            "phi": Phi(8),
+            "tiled": nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+            "up": nn.ConvTranspose2d(8, 8, 3),
+            "line": nn.Conv1d(8, 8, 3),
+        }
+    )
+    unet.get_parameter("down.weight").data[0, 0, 0, 0] = torch.inf
+    names = ["unet.conv1", "unet.conv2", "unet.shortcut", "unet.down", "phi", "tiled", "up", "line", "unet.conv3"]
+    with pytest.raises(ValueError) as caught:
+        quantize_network(net, plan("W4g16A8", *names), "rtn", Clock())
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        "unet.conv1: 72 inputs (8 channels x 3 x 3 kernel), not a multiple of group size 16; use 8 or protect this site"
+    )
+    assert [line.split(":")[0] for line in lines[1:4]] == ["unet.conv2", "unet.shortcut", "unet.down"]
+    assert lines[4].startswith("unet.down.weight: NaN or Inf")
+    allowed = "and only a linear or a plain convolution (nn.Conv2d padded with zeros) can be quantized"
+    for line, found in zip(
+        lines[5:9],
+        ["phi: Phi", "tiled: Conv2d with circular padding", "up: ConvTranspose2d", "line: Conv1d"],
+        strict=True,
+    ):
+        assert line == f"{found}, {allowed}; protect this site"
+    assert lines[9].startswith("unknown site 'unet.conv3'; did you mean unet.conv")
+
+
+def test_subclasses_count_as_what_they_compute() -> None:
+    class Named(nn.Conv2d):
+        """Adds nothing to the computation."""
+
+    class Tilted(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight, bias) + 1
+
+    assert is_quantizable(Named(4, 4, 3)) and is_quantizable(QKVLinear(8))
+    assert not is_quantizable(Tilted(4, 4, 3)) and not is_quantizable(Phi(4))
+
+
+def test_a_quantized_convolution_is_not_quantized_again(unet: nn.Module) -> None:
+    small = quantize_network(unet, plan("W4", "conv1"), "rtn", Clock())
+    with pytest.raises(ValueError, match="conv1: quantized already"):
+        quantize_network(small, plan("W3", "conv1"), "rtn", Clock())
+
+
 # ---- whole models -------------------------------------------------------------------------------------
 
 
@@ -221,7 +362,7 @@ def test_no_site_goes_round_its_quantizer(model: VAR | DiT) -> None:
     called: set[str] = set()
     expected = {site.name for site in model.sites()}
     for name, module in small.net.named_modules():
-        if isinstance(module, QuantLinear) or name.rpartition(".")[2] in ("quant_q", "quant_k", "quant_v"):
+        if isinstance(module, QuantLayer) or name.rpartition(".")[2] in ("quant_q", "quant_k", "quant_v"):
             module.register_forward_hook(lambda *_, name=name: called.add(name))
     expected |= {f"blocks.{i}.attn.quant_{operand}" for i in range(2) for operand in "qkv"}
     small.generate(LABELS)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import bitlaw
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
 from bitlaw.models.generator import Noise, replay, rollout
 from bitlaw.models.networks.var import VARConfig, VARTransformer, from_official, to_official
+from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import load_tensors
 from bitlaw.models.var import VAR, VARSampling
 
@@ -63,11 +65,39 @@ def test_teacher_forced_logits_loss_and_gradients(net, golden):
         assert gradients[name].norm().item() == pytest.approx(norm.item(), rel=1e-3), name
 
 
-def test_legacy_attention_without_qk_norm(tensors, golden):
-    net = VARTransformer(VARConfig(2, 128, 2, 10, SIDES, 512, 32, qk_norm=False))
-    load_tensors(net, from_official(tensors), "VAR", ignore=("scale_mul_1H11",))
+def test_blocks_give_the_official_hidden_states(net, golden):
+    seen = []
+    handles = [block.register_forward_hook(lambda block, inputs, output: seen.append(output)) for block in net.blocks]
     with torch.no_grad():
-        close(net(golden["labels"], golden["var_input"]), golden["logits_no_qk_l2"], 2e-4)
+        net(golden["labels"], golden["var_input"])
+    for handle in handles:
+        handle.remove()
+    close(torch.stack(seen), golden["block_out"], 2e-4)
+
+
+def test_training_losses_and_accuracies_are_the_official_ones(net, golden):
+    """With label smoothing, over the last stage alone, and in percent."""
+    tokens, last = golden["tokens"], CONFIG.span(5)
+    with torch.no_grad():
+        logits = net(golden["labels"], golden["var_input"])
+    close(F.cross_entropy(logits.transpose(1, 2), tokens, label_smoothing=0.1), golden["loss_ls0.1"], 1e-4)
+    close(F.cross_entropy(logits[:, last].transpose(1, 2), tokens[:, last]), golden["L_tail"], 1e-4)
+    hits = (logits.argmax(-1) == tokens).float() * 100
+    close(hits.mean(), golden["acc_mean"], 1e-3)
+    close(hits[:, last].mean(), golden["acc_tail"], 1e-3)
+
+
+def test_legacy_attention_without_qk_norm(tensors, golden):
+    """Files of before April 2024 have no temperature; heads of 64 channels are assumed."""
+    older = {name: tensor for name, tensor in tensors.items() if "scale_mul" not in name}
+    model = VAR.from_official(WeightsFile(Path("var_d2.pth"), older), None)
+    assert not model.net.config.qk_norm and model.net.config.heads == 2
+    with torch.no_grad():
+        close(model.net(golden["labels"], golden["var_input"]), golden["logits_no_qk_l2"], 2e-4)
+    other = VAR.from_official(WeightsFile(Path("var_d2.pth"), older), None, heads=4)
+    assert other.net.config.heads == 4
+    with pytest.raises(ValueError, match=r"var_d2\.pth: heads=4, but its scale_mul_1H11 has 2"):
+        VAR.from_official(WeightsFile(Path("var_d2.pth"), tensors), None, heads=4)
 
 
 def test_cached_logits_are_the_teacher_forced_ones(net, golden):
@@ -112,16 +142,115 @@ def test_loss_of_images_is_the_official_loss(model, golden):
     close(losses.mean(), golden["loss_ls0.0"], 1e-4)
 
 
-@pytest.mark.parametrize(("name", "depth"), [("var_d16", 16), ("var_d30", 30), ("var_d36", 36)])
-def test_official_keys_and_shapes_at_full_size(name, depth):
+SIDES_OF = {36: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+
+
+@pytest.mark.parametrize("depth", [12, 16, 20, 24, 30, 36])
+def test_released_sizes_are_read_off_their_keys_and_shapes(depth):
     with gzip.open(DATA / "var_manifest.json.gz") as file:
-        manifest = json.load(file)[name]
-    sides = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32) if depth == 36 else VARConfig(1, 1, 1).patch_nums
+        manifest = json.load(file)[f"var_d{depth}"]
     with torch.device("meta"):
-        net = VARTransformer(VARConfig(depth, 64 * depth, depth, patch_nums=sides, shared_adaln=depth == 36))
         official = {key: torch.empty(shape) for key, (shape, _) in manifest.items()}
+        config = VARConfig(**VAR.config_of(WeightsFile(Path(f"var_d{depth}.pth"), official), None)["net"])
+        net = VARTransformer(config)
+    sides = SIDES_OF.get(depth, VARConfig(1, 1, 1).patch_nums)
+    assert config == VARConfig(depth, 64 * depth, depth, patch_nums=sides, shared_adaln=depth == 36)
     ours = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
     assert ours == {key: tuple(tensor.shape) for key, tensor in from_official(official).items()}
+
+
+def saved(tmp_path, tensors, tokenizer, **arguments):
+    """A checkpoint of the official trainer, with what DDP and torch.compile put before names."""
+    trainer = {
+        "config": {"depth": 2},
+        "var_wo_ddp": {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        "vae_local": {f"module.{name}": tensor for name, tensor in tokenizer.items()},
+        "var_opt": {"optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    }
+    torch.save({"epoch": 3, "iter": 0, "trainer": trainer, "args": arguments}, tmp_path / "ar-ckpt-last.pth")
+    return tmp_path / "ar-ckpt-last.pth"
+
+
+def test_a_training_checkpoint_has_its_tokenizer_and_says_its_stages(tmp_path, tensors, model):
+    """Stages that no release has: the tables' sizes alone do not tell them."""
+    tokenizer = load_file(DATA / "vae_small.fp16.safetensors")
+    path = saved(tmp_path, tensors, tokenizer)
+    for loaded in (bitlaw.load(path), bitlaw.load(path, tokenizer=path)):
+        assert torch.equal(loaded.generate([3, 7], recipe="paper"), model.generate([3, 7], recipe="paper"))
+    fewer = tensors | {"lvl_embed.weight": tensors["lvl_embed.weight"][:4], "pos_1LC": tensors["pos_1LC"][:, :46]}
+    with pytest.raises(
+        ValueError, match=r"4 stages of 46 tokens in all are no schedule that is known; give patch_nums"
+    ):
+        bitlaw.load(saved(tmp_path, fewer, tokenizer))
+    sides = {"patch_nums": (1, 2, 4, 5)}
+    for arguments, options in ((sides, {}), ({}, sides)):
+        path = saved(tmp_path, fewer, tokenizer, depth=2, **arguments)
+        loaded = bitlaw.load(path, **options)
+        assert loaded.net.config.patch_nums == loaded.tokenizer.config.patch_nums == (1, 2, 4, 5)
+        assert loaded.generate([1]).shape == (1, 3, 80, 80)
+    with pytest.raises(ValueError, match=r"patch_nums=\(1, 2, 3\) does not go with its tables, which are of 4 stages"):
+        bitlaw.load(path, patch_nums=(1, 2, 3))
+
+
+def test_a_tokenizer_of_another_size_takes_the_transformers_stages(tmp_path, model):
+    """There is one released tokenizer for 256 and 512 pixels; whether a phi is used twice follows from the stages."""
+    config = VARConfig(1, 32, 2, 10, SIDES_OF[36], 512, 32, shared_adaln=True)
+    torch.manual_seed(0)
+    torch.save(to_official(VARTransformer(config).state_dict()), tmp_path / "var_d1.pth")
+    loaded = bitlaw.load(tmp_path / "var_d1.pth", tokenizer=DATA / "vae_small.fp16.safetensors", heads=2)
+    assert loaded.net.config == config and loaded.image_size == 512
+    assert loaded.tokenizer.config.patch_nums == SIDES_OF[36]
+    assert loaded.tokenizer.phi_for_stage(2) is loaded.tokenizer.quantize.quant_resi.qresi_ls[1]
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_quantized_models_are_saved_and_loaded_bit_for_bit(tmp_path, tensors, shared_adaln, qk_norm):
+    if shared_adaln:
+        offsets = {f"blocks.{i}.ada_gss": torch.randn(1, 1, 6, 128) for i in range(2)}
+        shared = {f"shared_ada_lin.1.{part}": tensors[f"blocks.0.ada_lin.1.{part}"] for part in ("weight", "bias")}
+        tensors = {name: tensor for name, tensor in tensors.items() if "blocks" not in name or "ada_lin" not in name}
+        tensors |= offsets | shared
+    if not qk_norm:
+        tensors = {name: tensor for name, tensor in tensors.items() if "scale_mul" not in name}
+    torch.save(tensors, tmp_path / "var_d2.pth")
+    loaded = bitlaw.load(tmp_path / "var_d2.pth", tokenizer=DATA / "vae_small.fp16.safetensors")
+    images = loaded.generate([3, -1])
+    small = bitlaw.quantize(loaded, "W4A8KV8")
+    small.save(tmp_path / "small")
+    again = bitlaw.load(tmp_path / "small")
+    assert (again.net.config.shared_adaln, again.net.config.qk_norm) == (shared_adaln, qk_norm)
+    assert torch.equal(again.generate([3, -1]), small.generate([3, -1]))
+    assert torch.equal(loaded.generate([3, -1]), images) and not torch.equal(images, small.generate([3, -1]))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+def test_half_precision_is_near_the_official_logits(tensors, golden, model, dtype, atol):
+    """Logits have a deviation of 2.1. Rounding is 2^-9 and 2^-12 a number; latents and codes stay in float32."""
+    short = VAR.from_official(WeightsFile(Path("var_d2.pth"), tensors), model.tokenizer, dtype).with_sampling(
+        guidance=2.5, top_k=1, top_p=0.0
+    )
+    assert {p.dtype for p in short.net.parameters()} == {dtype}
+    with torch.inference_mode():
+        logits = short.net(golden["labels"], golden["var_input"])
+        error = (logits - golden["logits"]).abs()
+        assert logits.dtype == torch.float32 and error.max() < 4 * atol and error.mean() < atol / 4
+        memory = short.net.begin(golden["labels"])
+        for stage in range(len(SIDES)):
+            span = CONFIG.span(stage)
+            inputs = golden["var_input"][:, span.start - 1 : span.stop - 1] if stage else None
+            hidden, memory = short.net.run_stage(memory, stage, inputs)
+            cached = short.net.logits(hidden, memory.conditions.head)
+            assert hidden.dtype == memory.store.layers.dtype == memory.positions_LC.dtype == dtype
+            assert (cached - golden["logits"][:, span]).abs().mean() < atol / 4
+        loss = short.loss(golden["img_u8"], golden["labels"], Noise(0, range(2))).mean()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(golden["loss_ls0.0"].item(), abs=atol)
+    for step in rollout(short, golden["labels"], Noise(0, range(2))):
+        assert step.extracted.features.dtype == step.after.latent_BZhw.dtype == torch.float32
+    gradients = torch.autograd.grad(
+        short.net.requires_grad_()(golden["labels"], golden["var_input"]).mean(), list(short.net.parameters())
+    )
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_shared_adaln_adds_the_blocks_offsets_to_one_modulation():
@@ -176,9 +305,13 @@ def test_more_smooth_feeds_mixtures_and_nearly_codes_at_the_end(model):
     assert not torch.allclose(of_tokens, steps[-1].after.latent_BZhw, atol=1e-2)
 
 
-def test_network_and_tokenizer_must_fit(model):
-    other = VQTokenizer(VQTokenizerConfig(256, 32, 32, (1, 1), 1, SIDES))
-    with pytest.raises(ValueError, match="vocab_size"):
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [((256, 32), "vocab_size 512 does not .* tokenizer's 256"), ((512, 16), "latent_channels 32 does not .* 16")],
+)
+def test_network_and_tokenizer_must_fit(model, sizes, said):
+    other = VQTokenizer(VQTokenizerConfig(*sizes, 32, (1, 1), 1, SIDES))
+    with pytest.raises(ValueError, match=f"VAR {said}"):
         VAR(model.net, other)
 
 

@@ -27,10 +27,10 @@ SIZES = {"xs": (2, 48, 2), "s": (3, 64, 2), "m": (4, 96, 3), "l": (6, 128, 4)}  
 
 # Learning rates were chosen on the s size and checked on l (experiments/LOG.md).
 VAR_RECIPES = {
-    "xs": Recipe(steps=4000, lr=1e-2),
-    "s": Recipe(steps=4000, lr=1e-2),
-    "m": Recipe(steps=4000, lr=8e-3),
-    "l": Recipe(steps=4000, lr=6e-3),
+    "xs": Recipe(steps=2400, lr=1e-2),
+    "s": Recipe(steps=2400, lr=1e-2),
+    "m": Recipe(steps=2200, lr=8e-3),
+    "l": Recipe(steps=2000, lr=6e-3),
 }
 DIT_RECIPES = {
     "xs": Recipe(steps=6000, lr=1e-2),

@@ -137,6 +137,7 @@ def train_model(name: str, out: Path, work: Path, report: Report) -> None:
     else:
         model = train_dit(name, DIT_RECIPES[size], tokenizer, work, report)
     model.storage_dtype = torch.float16
+    model.class_names = tuple(data.SHAPES)
     model.save(out / name)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -88,6 +89,7 @@ def quantize_network(
     for name in weights:
         precision = plan.weight(name)
         assert precision is not None
-        weight_OI = net.get_parameter(f"{name}.weight").detach()
-        quantized[name] = method.quantize(weight_OI, stats.get(name, InputStats()), WeightSpec.of(precision))
+        weight = net.get_parameter(f"{name}.weight").detach()
+        chosen = method.quantize(weight.flatten(1), stats.get(name, InputStats()), WeightSpec.of(precision))
+        quantized[name] = replace(chosen, shape=tuple(weight.shape))
     return install(net, plan, quantized, clock)

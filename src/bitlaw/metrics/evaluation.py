@@ -3,7 +3,7 @@
 Legend: N images, B images of a batch, C classes, D features, S spatial features, M reference images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from bitlaw.metrics.kid import kernel_distance
 from bitlaw.metrics.precision_recall import precision_recall
 from bitlaw.metrics.protocol import Interval, Protocol, Score
 from bitlaw.metrics.samples import read_npz, read_samples
-from bitlaw.models.generator import ImageGenerator, Noise
+from bitlaw.models.generator import ImageGenerator, Labels, Noise
 
 LADDER_REFERENCE = "reference.npz"
 RECONSTRUCTION_PREFIX = "reconstruction_"
@@ -148,14 +148,19 @@ def mean_loss(
 
 
 def protocol_of(
-    model: ImageGenerator[Any], num_images: int, seed: int, network: FeatureNetwork, reference: Reference
+    model: ImageGenerator[Any],
+    num_images: int,
+    seed: int,
+    network: FeatureNetwork,
+    reference: Reference,
+    labels: str = "cyclic",
 ) -> Protocol:
     """The protocol under which `evaluate` scores a model."""
     sampling = model.sampling
     return Protocol(
         num_images=num_images,
         seed=seed,
-        labels="cyclic",
+        labels=labels,
         guidance=sampling.guidance,
         num_steps=model.num_steps,
         sampler=model.sampler_name,
@@ -164,6 +169,7 @@ def protocol_of(
         features_fingerprint=network.fingerprint,
         reference=reference.name,
         num_reference=reference.pooled.count,
+        recipe=model.recipe,
     )
 
 
@@ -175,13 +181,15 @@ def evaluate(
     seed: int = 0,
     features: str | FeatureNetwork = "ladder",
     batch_size: int = 64,
+    prompts: Sequence[str] | None = None,
     progress: Callable[[int], Any] | None = None,
     **sampling: Any,
 ) -> dict[str, Score]:
     """Draw `num_samples` images with cyclic labels and score them: metric name -> `Score` with interval and protocol.
 
-    Further keywords replace the sampler's settings. ValueError before any image is drawn if `num_samples` is too
-    few for a covariance of the network's width.
+    prompts: for a text-conditional model, which has no classes; they are taken in turn
+    Further keywords (guidance, recipe, ...) replace the sampler's settings. ValueError before any image is drawn if
+    `num_samples` is too few for a covariance of the network's width, or the prompts are missing.
     """
     network = feature_network(features) if isinstance(features, str) else features
     target = reference if isinstance(reference, Reference) else load_reference(reference, network)
@@ -192,9 +200,15 @@ def evaluate(
             f"at least {needed} are needed, and many more for a stable distance"
         )
     model = model.with_sampling(**sampling)
-    labels_N = cyclic_labels(num_samples, model.num_classes)
-    images = model.generate(labels_N, seed, batch_size=batch_size, progress=progress)
-    protocol = protocol_of(model, num_samples, seed, network, target)
+    labels: Labels
+    if model.num_classes:
+        labels, named = cyclic_labels(num_samples, model.num_classes), "cyclic"
+    elif prompts:
+        labels, named = [prompts[i % len(prompts)] for i in range(num_samples)], f"{len(prompts)} prompts"
+    else:
+        raise ValueError(f"this {model.family} draws from text: give prompts")
+    images = model.generate(labels, seed, batch_size=batch_size, progress=progress)
+    protocol = protocol_of(model, num_samples, seed, network, target, named)
     return {
         name: Score(name, value, interval, protocol)
         for name, (value, interval) in score_images(images, network, target, model.family).items()

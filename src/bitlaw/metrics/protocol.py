@@ -1,13 +1,13 @@
 """What a score was measured with, and the refusal to compare scores that were measured differently."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 # What two families differ in by design: scores of a VAR and a DiT may be compared although these fields differ.
-ACROSS_FAMILIES = ("guidance", "num_steps", "sampler")
+ACROSS_FAMILIES = ("guidance", "num_steps", "sampler", "recipe")
 
 
 class Interval(NamedTuple):
@@ -41,6 +41,7 @@ class Protocol:
     num_images, seed: how many images were drawn, from which seed
     labels: how their labels were chosen ("cyclic": 0, 1, ..., C - 1, 0, 1, ...)
     guidance, num_steps, sampler: the sampler's settings
+    recipe: name of the recipe that they are; "" for settings of one's own
     rounding: how images became uint8 ("half up", "truncate")
     features, features_fingerprint: name and weights of the feature network
     reference, num_reference: what the images are compared with, and how many images that is (None: not known)
@@ -57,6 +58,7 @@ class Protocol:
     features_fingerprint: str
     reference: str
     num_reference: int | None
+    recipe: str = ""
 
     def differing(self, other: "Protocol") -> list[str]:
         """Names of the fields that differ."""
@@ -70,7 +72,8 @@ class Protocol:
     def from_dict(cls, record: dict[str, Any]) -> Self:
         """ValueError names the fields that are missing or unknown."""
         names = {field.name for field in fields(cls)}
-        if wrong := sorted(names ^ set(record)):
+        optional = {field.name for field in fields(cls) if field.default is not MISSING}
+        if wrong := sorted((names ^ set(record)) - (optional - set(record))):
             raise ValueError(f"protocol record: missing or unknown {', '.join(wrong)}")
         return cls(**record)
 

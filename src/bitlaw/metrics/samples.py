@@ -120,3 +120,24 @@ def _read_image(path: Path) -> Tensor:
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not an image, or damaged: {error}") from error
     return torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous()
+
+
+def read_square(path: Path | str, size: int) -> Tensor:
+    """A picture as uint8 (3, size, size): its middle square, scaled as the models' training data were (Lanczos).
+
+    ValueError if it is no picture, or has transparency.
+    """
+    image = Image.fromarray(_read_image(Path(path)).permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.array(_square(image, size))).permute(2, 0, 1).contiguous()
+
+
+def read_mask(path: Path | str, size: int) -> Tensor:
+    """A picture as a mask (size, size), cropped and scaled like `read_square`: True where it is bright."""
+    image = Image.fromarray(_read_image(Path(path)).permute(1, 2, 0).numpy()).convert("L")
+    return torch.from_numpy(np.array(_square(image, size)) > 127)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)

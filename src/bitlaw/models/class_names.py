@@ -19,8 +19,8 @@ def imagenet_names() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(name.strip() for name in line.split(",")) for line in text.splitlines())
 
 
-def class_names(num_classes: int) -> Sequence[Sequence[str]] | None:
-    """Names of the classes of a model with so many of them; None if they are not known."""
+def known_names(num_classes: int) -> Sequence[Sequence[str]] | None:
+    """Names of the classes of a model with so many of them, all of each; None if they are not known."""
     return imagenet_names() if num_classes == NUM_IMAGENET_CLASSES else None
 
 

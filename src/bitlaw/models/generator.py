@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from bitlaw.models.autoencoders import Autoencoder, autoencoder_config, restore_autoencoder
-from bitlaw.models.class_names import class_names, label_of
+from bitlaw.models.class_names import known_names, label_of
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix, with_prefix, write_model
 from bitlaw.names import lookup, unknown_name
-from bitlaw.quantized import QuantLinear
+from bitlaw.quantized import QuantLayer
 
 Phase = Literal["embed", "blocks", "head"]
 Labels = Sequence[int | str] | Tensor
@@ -39,13 +39,14 @@ Labels = Sequence[int | str] | Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer that may be quantized.
+    """A layer that may be quantized: a linear, or a convolution in two dimensions.
 
     name: dotted path of the nn.Module inside the network, e.g. "blocks.3.attn.mat_qkv"
     kind: qkv, proj, fc1, fc2, adaln, embed, head ...
     block: index of the transformer block, None outside the blocks
     phase: "embed" (before the blocks), "blocks", "head" (after them)
-    uses: rows of activation that pass through it per generated image: tokens x steps, per guidance branch
+    uses: rows of activation that pass through it per generated image: tokens x steps, per guidance branch; of a
+          convolution, positions of its output x steps
     """
 
     name: str
@@ -72,6 +73,17 @@ class Noise:
     def normal(self, step: int, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers (B, *shape), float32."""
         return self._draw(step, shape, lambda row, generator: row.normal_(generator=generator))
+
+    def uniform(self, step: int, shape: Sequence[int]) -> Tensor:
+        """Numbers from [0, 1), (B, *shape), float32."""
+        return self._draw(step, shape, lambda row, generator: row.uniform_(generator=generator))
+
+    def permutation(self, step: int, length: int) -> Tensor:
+        """Random orders of 0 .. length - 1, (B, length), int64."""
+        orders = self._draw(
+            step, (length,), lambda row, generator: row.copy_(torch.randperm(length, generator=generator))
+        )
+        return orders.long()
 
     def gumbel(self, step: int, shape: Sequence[int]) -> Tensor:
         """Standard Gumbel numbers (B, *shape), float32: argmax(logits + gumbel) draws from softmax(logits)."""
@@ -118,7 +130,7 @@ class Step(NamedTuple, Generic[StateT]):
 
 @dataclass
 class StepClock:
-    """Tells quantized layers which step is running; every QuantLinear of a model shares its model's clock."""
+    """Tells quantized layers which step is running; every QuantLayer of a model shares its model's clock."""
 
     step: int = 0
 
@@ -139,6 +151,8 @@ class ImageGenerator(ABC, Generic[StateT]):
     family: ClassVar[str]
     autoencoder_names: ClassVar[tuple[str, ...]] = ()
     """Usual names of the autoencoder's file, which is looked for beside the network's; () for a model of pixels."""
+    official_wrapper: ClassVar[str] = ""
+    """Key under which the official code looks for the weights in a file; "" for the top level."""
 
     net: nn.Module
     autoencoder: Autoencoder | None
@@ -150,6 +164,8 @@ class ImageGenerator(ABC, Generic[StateT]):
     """Type in which numbers that are not quantized are stored; arithmetic is in that of the parameters."""
     provenance: Mapping[str, Any] = MappingProxyType({})
     """Where the model comes from, and what was done to it."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, by number; () where they are those of ImageNet or not known."""
     recipe: str = ""
     """Name of the recipe that `sampling` is, for the protocol of a score; "" for settings of one's own."""
 
@@ -190,6 +206,11 @@ class ImageGenerator(ABC, Generic[StateT]):
     def to_tensors(self) -> dict[str, Tensor]:
         """The network's tensors as a checkpoint names them, quantized weights left out."""
         return self.net.state_dict()
+
+    @classmethod
+    def autoencoder_names_for(cls, file: WeightsFile) -> tuple[str, ...]:
+        """Usual names of the autoencoder's file of a released file's model, where not all models have the same."""
+        return cls.autoencoder_names
 
     @classmethod
     def from_official_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,6 +275,8 @@ class ImageGenerator(ABC, Generic[StateT]):
         if self.autoencoder is not None:
             config["tokenizer"] = autoencoder_config(self.autoencoder)
             tensors |= with_prefix(TOKENIZER_PREFIX, self.autoencoder.state_dict())
+        if self.class_names:
+            config["class_names"] = list(self.class_names)
         return config, tensors
 
     @classmethod
@@ -263,7 +286,9 @@ class ImageGenerator(ABC, Generic[StateT]):
         """The full-precision model that `to_checkpoint` gave. ValueError names each tensor that does not fit."""
         inside, own = split_prefix(TOKENIZER_PREFIX, tensors)
         autoencoder = restore_autoencoder(config["tokenizer"], inside) if "tokenizer" in config else None
-        return cls.from_config(config, own, autoencoder, dtype)
+        model = cls.from_config(config, own, autoencoder, dtype)
+        model.class_names = tuple(config.get("class_names", ()))
+        return model
 
     @classmethod
     def from_official(
@@ -282,7 +307,7 @@ class ImageGenerator(ABC, Generic[StateT]):
 
     def to_official(self) -> dict[str, Tensor]:
         """The network's weights under official names, quantized ones decoded."""
-        layers = ((n, m) for n, m in self.net.named_modules() if isinstance(m, QuantLinear) and m.quantized is not None)
+        layers = ((n, m) for n, m in self.net.named_modules() if isinstance(m, QuantLayer) and m.quantized is not None)
         return self.to_official_names(self.to_tensors() | {f"{name}.weight": layer.weight for name, layer in layers})
 
     def with_sampling(self, recipe: str | None = None, **changes: Any) -> Self:
@@ -346,7 +371,7 @@ class ImageGenerator(ABC, Generic[StateT]):
         range.
         """
         if not isinstance(labels, Tensor):
-            names = class_names(self.num_classes) if any(isinstance(label, str) for label in labels) else None
+            names = [(name,) for name in self.class_names] or known_names(self.num_classes)
             labels = [label_of(label, names) if isinstance(label, str) else label for label in labels]
         labels_B = torch.as_tensor(labels, dtype=torch.int64).reshape(-1).to(self.device)
         if len(labels_B) == 0:
@@ -364,6 +389,23 @@ class ImageGenerator(ABC, Generic[StateT]):
         if self.autoencoder is not None:
             self.autoencoder.to(device)
         return self
+
+    def compile(self) -> Self:
+        """The model with its network's blocks compiled by torch, in place: the same numbers, to rounding.
+
+        The first images wait up to a minute for it, and need a C++ compiler. On a CPU little is gained; on CUDA, where
+        the blocks are also recorded as CUDA graphs, neither numbers nor gain have been verified.
+        """
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        for part in self.compiled_parts:
+            part.compile(mode=mode)
+        return self
+
+    @property
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """What `compile` compiles, each on its own: the network's blocks."""
+        blocks = next((getattr(self.net, name) for name in ("blocks", "layers") if hasattr(self.net, name)), None)
+        return list(blocks) if isinstance(blocks, nn.ModuleList) else [self.net]
 
     @property
     def device(self) -> torch.device:

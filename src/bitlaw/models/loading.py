@@ -33,6 +33,7 @@ from bitlaw.quantized import QuantizedTensor
 
 LADDER_PREFIX = "ladder/"
 NO_TOKENIZER = "none"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def ladder_names() -> list[str]:
@@ -51,7 +52,7 @@ def load(
     source: str | Path,
     tokenizer: str | Path | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> ImageGenerator[Any]:
@@ -59,14 +60,16 @@ def load(
 
     tokenizer: the file or directory of its tokenizer or VAE; by default it is looked for beside the model under its
     usual name, and "none" does without (such a model can be quantized and saved, but draws no images)
-    dtype: of the network's weights and arithmetic; tokenizers stay in float32
+    dtype: of the network's weights and arithmetic, also by name ("bfloat16"); tokenizers stay in float32
     options: what the tensors of a released file do not tell, such as heads=4 or image_size=384
 
     Raises ValueError for a name that is nothing of these (with the nearest ones), for a damaged, truncated or newer
     checkpoint (naming the file and the tensor), for a file with code in it, and for weights of no family that is known.
     """
-    found, name = _resolve(source)
-    if _is_checkpoint(found):
+    found, name = resolve(source)
+    if isinstance(dtype, str):
+        dtype = lookup(DTYPES, dtype, "type")
+    if is_checkpoint(found):
         if tokenizer is not None or options:
             given = ", ".join(["tokenizer"] * (tokenizer is not None) + sorted(options))
             raise ValueError(f"{name}: a checkpoint of bitlaw says itself what {given} would; leave that out")
@@ -115,13 +118,13 @@ def _autoencoder_for(
         return open_autoencoder(read_weights(path))
     for place, tensors in file.others.items():
         return open_autoencoder(WeightsFile(file.path, tensors, place))
-    folder = file.path.parent
-    beside = [folder / name for name in (*family.autoencoder_names, *AUTOENCODER_PARTS)]
-    beside += [folder.parent / part for part in AUTOENCODER_PARTS]  # a pipeline's folder, where this is its transformer
+    folder, names = file.path.parent, family.autoencoder_names_for(file)
+    # Beside a file, and beside the folder of one that came with its folder, as a pipeline's transformer does.
+    beside = [place / name for place in (folder, folder.parent) for name in (*names, *AUTOENCODER_PARTS)]
     for path in beside:
         if path.exists():
             return open_autoencoder(read_weights(path))
-    wanted = " or ".join(family.autoencoder_names)
+    wanted = " or ".join(names)
     raise ValueError(
         f"{file.path}: its {family.family} tokenizer is missing; expected {wanted} beside it. Give tokenizer=PATH, or "
         f"tokenizer='{NO_TOKENIZER}' to do without images"
@@ -131,8 +134,11 @@ def _autoencoder_for(
 # ---- checkpoints of bitlaw ----------------------------------------------------------------------------
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """A directory whose config.json bitlaw wrote, or one that is damaged so that this cannot be told."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path that `resolve` gave is a checkpoint of bitlaw and not a released file.
+
+    That is a directory whose config.json bitlaw wrote, or one that is damaged so that this cannot be told.
+    """
     config = path / CONFIG_FILE
     if not path.is_dir() or not config.is_file():
         return path.is_dir() and (path / QUANTIZATION_FILE).is_file()
@@ -178,7 +184,7 @@ def _read_plan(quantization: dict[str, Any], path: Path) -> BitPlan:
     return BitPlan.from_json(quantization["plan"])
 
 
-def _resolve(source: str | Path) -> tuple[Path, str]:
+def resolve(source: str | Path) -> tuple[Path, str]:
     """The file or directory of a model, and the name under which it was asked for."""
     path, name = Path(source), str(source)
     if path.is_dir():
@@ -190,6 +196,7 @@ def _resolve(source: str | Path) -> tuple[Path, str]:
         root = resources.files("bitlaw") / "ladder" / "weights" / name.removeprefix(LADDER_PREFIX)
         with resources.as_file(root) as directory:
             return directory, name
-    if path.suffix or name.startswith((LADDER_PREFIX, ".", "/")) or (on_hub := hub_path(name)) is None:
+    local = name.startswith((LADDER_PREFIX, ".", "/")) or (path.suffix and len(path.parts) < 3)
+    if local or (on_hub := hub_path(name)) is None:
         raise unknown_name(name, known, "model (no such file or directory, and no built-in model)")
     return on_hub, name

@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,11 @@ def read_weights(path: Path | str) -> WeightsFile:
         return _read_directory(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix not in PICKLES:
+    if path.suffix not in (*PICKLES, ".safetensors"):
         raise ValueError(
             f"{path}: expected a file that ends in {', '.join((*PICKLES, '.safetensors'))}, or a directory"
         )
-    return _unwrap(path, _unpickle(path))
+    return _read_file(path, with_settings=path.name.startswith(_NEVER_ALONE))
 
 
 # ---- reading ----------------------------------------------------------------------------------------
@@ -93,18 +91,29 @@ def _read_directory(directory: Path) -> WeightsFile:
     for part in DIFFUSERS_PARTS:
         if (directory / part / "config.json").is_file():
             return _read_directory(directory / part)
-    config = directory / "config.json"
-    metadata = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     candidates = [directory / f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in DIFFUSERS_STEMS]
     candidates += sorted(directory.glob("consolidated_ema.*.pth")) + sorted(directory.glob("consolidated.*.pth"))
     for file in candidates:
         if file.is_file():
-            found = _read_safetensors(file) if file.suffix == ".safetensors" else _unwrap(file, _unpickle(file))
-            arguments = directory / "model_args.pth"
-            more = _plain(_unpickle(arguments)) if arguments.is_file() else {}
-            return WeightsFile(file, found.tensors, found.wrapper, {**found.metadata, **metadata, **more}, found.others)
+            return _read_file(file, with_settings=True)
     wanted = ", ".join(file.name for file in candidates[: len(DIFFUSERS_STEMS)])
     raise ValueError(f"{directory}: no weights in this directory; expected one of {wanted} (or .bin)")
+
+
+# Files of releases that are folders, with the settings in another file.
+_NEVER_ALONE = ("diffusion_pytorch_model.", "consolidated.", "consolidated_ema.")
+
+
+def _read_file(path: Path, with_settings: bool) -> WeightsFile:
+    """A weights file; `with_settings` adds what config.json and Large-DiT's model_args.pth beside it say."""
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(path, _unpickle(path))
+    found = _latent_diffusion(found)
+    if not with_settings:
+        return found
+    config, arguments = path.with_name("config.json"), path.with_name("model_args.pth")
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    more = _plain(_unpickle(arguments)) if arguments.is_file() else {}
+    return replace(found, metadata={**found.metadata, **settings, **more})
 
 
 def _read_safetensors(path: Path) -> WeightsFile:
@@ -194,9 +203,9 @@ def _first_line(error: BaseException) -> str:
 def _unwrap(path: Path, content: Any) -> WeightsFile:
     """The state dict inside what a trainer saved. ValueError says what was found instead."""
     if isinstance(content, list) and content:  # [model, optimizer, ..., average] of the DDIM repository
-        dicts = [part for part in content if _is_state_dict(part)]
-        if dicts:
-            return WeightsFile(path, _strip(dicts[-1]), f"[{content.index(dicts[-1])}]")
+        for index, part in reversed(list(enumerate(content))):
+            if _is_state_dict(part):
+                return WeightsFile(path, _strip(part), f"[{index}]")
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     if _is_state_dict(content):
@@ -211,6 +220,30 @@ def _unwrap(path: Path, content: Any) -> WeightsFile:
             return WeightsFile(path, _strip(content[wrapper]), wrapper, metadata)
     held = ", ".join(map(str, list(content)[:8])) or "nothing"
     raise ValueError(f"{path}: no weights found; it holds {held}, expected tensors or one of {', '.join(_WRAPPERS)}")
+
+
+def _latent_diffusion(file: WeightsFile) -> WeightsFile:
+    """Of a training checkpoint of LDM, the UNet with the class vectors, and the first stage apart; others as they are.
+
+    The UNet's weights are the averaged ones where there are such. ValueError names those that have no average.
+    """
+    raw = {name: tensor for name, tensor in file.tensors.items() if name.startswith(_LDM_UNET)}
+    if not raw:
+        return file
+    unet = dict(raw)
+    if any(name.startswith(_LDM_AVERAGE) for name in file.tensors):  # buffers, whose names have no dots
+        averages = {name: _LDM_AVERAGE + name.removeprefix("model.").replace(".", "") for name in raw}
+        if missing := sorted(set(averages.values()) - set(file.tensors)):
+            raise ValueError(f"{file.path}: averaged weights are missing: {', '.join(missing[:8])}")
+        unet = {name: file.tensors[average] for name, average in averages.items()}
+    own = {name.removeprefix(_LDM_UNET): tensor for name, tensor in unet.items()}
+    own |= {k: v for k, v in file.tensors.items() if k == "scale_factor" or k.startswith("cond_stage_model.")}
+    first_stage = {k.removeprefix(_LDM_CODEC): v for k, v in file.tensors.items() if k.startswith(_LDM_CODEC)}
+    others = {**file.others, **({_LDM_CODEC[:-1]: first_stage} if first_stage else {})}
+    return WeightsFile(file.path, own, file.wrapper, file.metadata, others)
+
+
+_LDM_UNET, _LDM_AVERAGE, _LDM_CODEC = "model.diffusion_model.", "model_ema.", "first_stage_model."
 
 
 def _is_state_dict(value: Any) -> bool:

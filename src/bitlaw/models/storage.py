@@ -65,11 +65,15 @@ def write_model(
 ) -> None:
     """Write a model: `tensors` in `dtype`, the quantized weights of `net` packed, and the plan they follow.
 
+    A tokenizer's numbers that `dtype` would round stay as they are: it computes in float32 whatever the network does.
     Raises ValueError for a number that `dtype` cannot hold.
     """
     stored = {}
     for name, tensor in tensors.items():
         stored[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        is_inexact = tensor.is_floating_point() and not torch.equal(stored[name].to(tensor.dtype), tensor)
+        if is_inexact and name.startswith(TOKENIZER_PREFIX):
+            stored[name] = tensor
         if not stored[name].isfinite().all():
             raise ValueError(f"{name}: does not fit {dtype}; set storage_dtype to a wider type")
     quantization = None
@@ -163,7 +167,8 @@ def build(
         reset = getattr(part, "reset_tables", None)
         if reset is not None:
             reset()
-    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    has_numbers = not any(tensor.is_meta for tensor in given.values())
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta and has_numbers]
     assert not left, f"{what}: reset_tables leaves {left} without numbers"
     return module.eval().requires_grad_(False)
 

@@ -3,7 +3,8 @@
 Legend: B images, N tokens of a stage, L tokens of all stages, V vocabulary, Z latent channels, h x w latent positions.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder, VQTokenizer
-from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.generator import Extracted, ImageGenerator, Labels, Noise, Site, StepClock
 from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, to_official
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.guidance import guide, ramp
@@ -38,14 +39,32 @@ class VARSampling:
     rounding: Rounding = "nearest"
 
 
+class Given(NamedTuple):
+    """Pictures that are edited. For every stage: their tokens (B, N), and which of them are kept, bool (B, N)."""
+
+    tokens: tuple[Tensor, ...]
+    keeps: tuple[Tensor, ...]
+
+    def of_images(self, image_ids_B: Sequence[int]) -> "Given":
+        """Those of these images of a run. ValueError for an image that there is no picture for."""
+        if beyond := [image for image in image_ids_B if not 0 <= image < len(self.tokens[0])]:
+            raise ValueError(f"image {beyond[0]} of the run: there are {len(self.tokens[0])} pictures to edit")
+        rows_B = torch.tensor(image_ids_B, device=self.tokens[0].device)
+        return Given(*(tuple(of_stage[rows_B] for of_stage in part) for part in self))
+
+
 class VARState(NamedTuple):
-    """The latent accumulated so far, the tokens drawn for it, and the network's memory (None at the start)."""
+    """The latent accumulated so far, the tokens drawn for it, and the network's memory (None at the start).
+
+    given: the pictures that are edited, None if images are drawn from nothing
+    """
 
     labels_B: Tensor
     latent_BZhw: Tensor
     tokens: tuple[Tensor, ...]
     memory: Memory | None
     noise: Noise
+    given: Given | None = None
 
 
 class VAR(ImageGenerator[VARState]):
@@ -54,6 +73,8 @@ class VAR(ImageGenerator[VARState]):
     family = "var"
     autoencoder_names = ("vae_ch160v4096z32.pth", "vae_ch160v4096z32.safetensors")
     net: VARTransformer
+    given: Given | None = None
+    """What a model that `editing` gave edits: image i of a run is picture i."""
 
     def __init__(self, net: VARTransformer, tokenizer: VQTokenizer | None, sampling: VARSampling | None = None):
         self.net, self.autoencoder = net, tokenizer
@@ -120,10 +141,11 @@ class VAR(ImageGenerator[VARState]):
         ]
 
     def start(self, labels_B: Tensor, noise: Noise) -> VARState:
-        """An empty latent."""
+        """An empty latent, and what is to be kept of the pictures that are edited."""
         side = self.net.config.patch_nums[-1]
         latent_BZhw = torch.zeros(len(labels_B), self.net.config.latent_channels, side, side, device=labels_B.device)
-        return VARState(labels_B, latent_BZhw, (), None, noise)
+        given = self.given.of_images(noise.image_ids_B) if self.given else None
+        return VARState(labels_B, latent_BZhw, (), None, noise, given)
 
     def extract(self, state: VARState, step: int) -> Extracted:
         """Guided logits (B, N, V) of a stage, before filters; the cache is the grown memory."""
@@ -144,23 +166,25 @@ class VAR(ImageGenerator[VARState]):
         return Extracted(guide(cond, uncond, w), memory)
 
     def reconstruct(self, state: VARState, extracted: Extracted, step: int) -> VARState:
-        """Draw the stage's tokens, look their codes up, add them to the latent."""
+        """Draw the stage's tokens, but for those that an edited picture keeps; add their codes to the latent."""
         logits_BNV = filter_logits(extracted.features, self.sampling.top_k, self.sampling.top_p)
         gumbel_BNV = state.noise.gumbel(step + 1, logits_BNV.shape[1:])
         tokens_BN = draw(logits_BNV, gumbel_BNV)
+        if state.given:
+            tokens_BN = torch.where(state.given.keeps[step], state.given.tokens[step], tokens_BN)
         if self.sampling.more_smooth:
             codebook_VZ = self.tokenizer.quantize.embedding.weight
             mixed_BNZ = soft_embedding(logits_BNV, gumbel_BNV, codebook_VZ, step / (self.num_steps - 1))
+            if state.given:
+                mixed_BNZ = torch.where(state.given.keeps[step].unsqueeze(2), codebook_VZ[tokens_BN], mixed_BNZ)
             side = self.net.config.patch_nums[step]
             map_BZPP = mixed_BNZ.transpose(1, 2).unflatten(2, (side, side))
         else:
             map_BZPP = self.tokenizer.embed(tokens_BN)
-        return VARState(
-            state.labels_B,
-            state.latent_BZhw + self.tokenizer.refine(map_BZPP, step),
-            (*state.tokens, tokens_BN),
-            extracted.cache,
-            state.noise,
+        return state._replace(
+            latent_BZhw=state.latent_BZhw + self.tokenizer.refine(map_BZPP, step),
+            tokens=(*state.tokens, tokens_BN),
+            memory=extracted.cache,
         )
 
     def decode(self, state: VARState) -> Tensor:
@@ -174,6 +198,73 @@ class VAR(ImageGenerator[VARState]):
         logits_BLV = self.net(labels_B, latents_BLZ)
         return F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none").mean(1)
 
+    # ---- editing ---------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        images_BCHW: Tensor,
+        keep: Tensor,
+        labels: Labels | int = -1,
+        seed: int = 0,
+        *,
+        batch_size: int = 64,
+        progress: Callable[[int], Any] | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Pictures with a part drawn anew, uint8 (B, 3, H, W): zero-shot in-painting and class-conditional editing.
+
+        `images_BCHW` and `keep` are as for `editing`. Labels say what is drawn: one for all, or one for each picture;
+        -1 fills in without a class. The other arguments are those of `generate`.
+        """
+        labels_B = [labels] * len(images_BCHW) if isinstance(labels, int) else labels
+        if len(labels_B) != len(images_BCHW):
+            raise ValueError(
+                f"{len(labels_B)} labels for {len(images_BCHW)} pictures; give one for each, or one number"
+            )
+        model = self.editing(images_BCHW, keep, batch_size=batch_size)
+        return model.generate(labels_B, seed, batch_size=batch_size, progress=progress, **sampling)
+
+    def editing(self, images_BCHW: Tensor, keep: Tensor, *, batch_size: int = 64) -> Self:
+        """The same model, whose rollouts draw parts of pictures anew: image i of a run is picture i.
+
+        images_BCHW: uint8 pictures (B, 3, H, W) of the model's size
+        keep: where pictures stay as they are, (H, W) for all or (B, H, W): True or 1 stays, False or 0 is drawn anew.
+            It may also be given on the finest token map, as the official notebook has it; of a mask in pixels, a token
+            stays if more than half of what it covers does.
+
+        At every stage the tokens that stay are the picture's own: where the mask, resized to that stage, is above 1/2,
+        and all of the first stage, so that even a picture of which nothing else stays gives its overall colour.
+        Raises ValueError for another shape or type.
+        """
+        size, sides = self.image_size, self.net.config.patch_nums
+        if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1:] != (3, size, size):
+            found = f"{tuple(images_BCHW.shape)} of {images_BCHW.dtype}"
+            raise ValueError(f"pictures to edit: {found}, expected (B, 3, {size}, {size}) of torch.uint8; resize them")
+        keep_Bhw = self._on_token_map(keep.to(self.device))
+        if len(keep_Bhw) not in (1, len(images_BCHW)):
+            raise ValueError(f"keep: {len(keep_Bhw)} masks for {len(images_BCHW)} pictures; give one for each, or one")
+        keep_Bhw = keep_Bhw.expand(len(images_BCHW), -1, -1)
+        batches = [images.to(self.device) for images in images_BCHW.split(batch_size)]
+        with torch.inference_mode():
+            encoded = [self.tokenizer.encode_to_tokens(from_uint8(images)).indices for images in batches]
+        tokens = tuple(torch.cat(of_stage) for of_stage in zip(*encoded, strict=True))
+        twin = copy.copy(self)
+        twin.given = Given(tokens, tuple(_keep_at(keep_Bhw, side) for side in sides))
+        return twin
+
+    def _on_token_map(self, keep: Tensor) -> Tensor:
+        """A mask on the finest token map, (1 or B, h, w), float32."""
+        side, size = self.net.config.patch_nums[-1], self.image_size
+        keep_BHW = keep.float() if keep.ndim == 3 else keep.float().unsqueeze(0)
+        if keep_BHW.shape[1:] == (side, side):
+            return keep_BHW
+        if keep_BHW.shape[1:] == (size, size):
+            return (F.avg_pool2d(keep_BHW, size // side) > 0.5).float()
+        raise ValueError(
+            f"keep: shape {tuple(keep.shape)}, expected ({size}, {size}) in pixels or ({side}, {side}) in tokens, "
+            "for all pictures or one for each"
+        )
+
     # ---- checkpoints -----------------------------------------------------------------------------
 
     @classmethod
@@ -183,19 +274,24 @@ class VAR(ImageGenerator[VARState]):
 
     @classmethod
     def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:
-        """Sizes from shapes. Options: patch_nums (for a schedule that is not known), heads (legacy attention)."""
+        """Sizes from shapes.
+
+        Options are `patch_nums` for a schedule that is not known, and `heads`, which files with legacy attention do not
+        tell: heads of 64 channels are assumed. A training checkpoint says its schedule itself.
+        """
         if unknown := options.keys() - {"patch_nums", "heads"}:
             raise unknown_name(min(unknown), ("patch_nums", "heads"), "option of VAR")
         width, latent_channels = file.shape("word_embed.weight")
         qk_norm = "blocks.0.attn.scale_mul_1H11" in file
         heads = file.shape("blocks.0.attn.scale_mul_1H11")[1] if qk_norm else options.get("heads", width // 64)
+        if options.get("heads", heads) != heads:
+            raise ValueError(f"heads={options['heads']}, but its scale_mul_1H11 has {heads}; leave the option out")
         config = VARConfig(
             depth=file.count(r"blocks\.(\d+)\."),
             width=width,
             heads=heads,
             num_classes=file.shape("class_emb.weight")[0] - 1,
-            patch_nums=options.get("patch_nums")
-            or _patch_nums(file.shape("lvl_embed.weight")[0], file.shape("pos_1LC")[1]),
+            patch_nums=_patch_nums(file, options.get("patch_nums") or file.metadata.get("patch_nums")),
             vocab_size=file.shape("head.weight")[0],
             latent_channels=latent_channels,
             shared_adaln="shared_ada_lin.1.weight" in file,
@@ -232,6 +328,12 @@ class VAR(ImageGenerator[VARState]):
         return to_official(self.net.state_dict())
 
 
+def _keep_at(keep_Bhw: Tensor, side: int) -> Tensor:
+    """Which tokens of a stage stay, bool (B, N)."""
+    keep_B1PP = F.interpolate(keep_Bhw.unsqueeze(1), size=(side, side), mode="bilinear", align_corners=False) > 0.5
+    return keep_B1PP.flatten(1) | (side * side <= 3)
+
+
 _SCHEDULES = (
     (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
@@ -240,11 +342,13 @@ _SCHEDULES = (
 """Sides of the stages at 256, 512 and 1024 pixels."""
 
 
-def _patch_nums(num_stages: int, num_tokens: int) -> tuple[int, ...]:
-    """The stages' sides. ValueError if no schedule that is known has so many stages and tokens."""
-    for sides in (*_SCHEDULES, tuple(range(1, num_stages + 1))):
+def _patch_nums(file: WeightsFile, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The stages' sides, those given or known. ValueError if none have the file's number of stages and of tokens."""
+    num_stages, num_tokens = file.shape("lvl_embed.weight")[0], file.shape("pos_1LC")[1]
+    for sides in (given,) if given else (*_SCHEDULES, tuple(range(1, num_stages + 1))):
         if len(sides) == num_stages and sum(side * side for side in sides) == num_tokens:
-            return sides
-    raise ValueError(
-        f"{num_stages} stages of {num_tokens} tokens in all are no schedule that is known; give patch_nums=(1, 2, ...)"
-    )
+            return tuple(sides)
+    found = f"{num_stages} stages of {num_tokens} tokens in all"
+    if given:
+        raise ValueError(f"patch_nums={tuple(given)} does not go with its tables, which are of {found}")
+    raise ValueError(f"{found} are no schedule that is known; give patch_nums=(1, 2, ...)")

@@ -6,6 +6,7 @@ and is shared by all sizes, is not counted.
 """
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 
 from bitlaw.models.generator import ImageGenerator, Site
 from bitlaw.precision import step_group
-from bitlaw.quantized import QuantLinear
+from bitlaw.quantized import QuantConv2d, QuantLayer
 
-SCALE_BITS = 16  # of a dynamic activation range: one float16 scale a token, and a zero point of the codes' width
+SCALE_BITS = 16  # of a dynamic activation range: a float16 scale, and with it a zero point of the codes' width
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class BitCount:
 
     model_bits, model_code_bits: every tensor of the network
     quantized_bits, quantized_code_bits: weights of quantized layers only
-    compute_bits, compute_code_bits: sum over linear layers of weights x bits of a weight x bits of an activation (CT)
+    compute_bits, compute_code_bits: sum over sites of weights x bits of a weight x bits of an activation (CT)
     compute_bits_used, compute_code_bits_used: the same, each layer times the rows that pass it per generated image
     parameters: numbers in the network
     """
@@ -51,7 +52,7 @@ class BitCount:
 
 @dataclass(frozen=True)
 class SiteBits:
-    """Bits of one linear layer: per weight and per activation, as coded and as stored."""
+    """Bits of one site: per weight and per activation, as coded and as stored."""
 
     site: Site
     num_weights: int
@@ -68,11 +69,11 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
     counted = []
     for site in model.sites():
         layer = model.net.get_submodule(site.name)
-        assert isinstance(layer, nn.Linear | QuantLinear)
-        num_weights = layer.in_features * layer.out_features
+        assert isinstance(layer, nn.Linear | nn.Conv2d | QuantLayer)
+        num_weights = layer.weight.numel()
         weight_code_bits = weight_bits = activation_code_bits = activation_bits = float(full)
         precision = "W16A16"
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QuantLayer):
             precision = " ".join(dict.fromkeys(map(str, layer.precisions)))
             if layer.quantized is not None:
                 weight_code_bits = layer.quantized.spec.format.code_bits
@@ -82,22 +83,31 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
             ]
             activation_code_bits = sum(p.activation_bits for p in steps) / len(steps)
             overhead = [p.activation_bits + SCALE_BITS if p.activation else 0.0 for p in steps]
-            activation_bits = activation_code_bits + sum(overhead) / len(steps) / layer.in_features
+            size = _range_size(layer, site, model.num_steps)
+            activation_bits = activation_code_bits + sum(overhead) / len(steps) / size
         counted.append(
             SiteBits(site, num_weights, weight_code_bits, weight_bits, activation_code_bits, activation_bits, precision)
         )
     return counted
 
 
+def _range_size(layer: QuantLayer, site: Site, num_steps: int) -> float:
+    """Inputs of a layer that share a range: a token's, or an image's. One for the tensor (`t`) counts as for each."""
+    if not isinstance(layer, QuantConv2d):
+        return layer.weight.shape[1]
+    # A convolution runs once a step, and its input has `stride` positions for each of its output.
+    return layer.in_channels * prod(layer.stride) * site.uses / num_steps
+
+
 def count_bits(model: ImageGenerator[Any]) -> BitCount:
     """Both budgets of a model, from its tensors."""
     full = _storage_bits(model)
     kept = sum(tensor.numel() for tensor in model.to_tensors().values())
-    layers = [m for m in model.net.modules() if isinstance(m, QuantLinear) and m.quantized is not None]
+    layers = [m for m in model.net.modules() if isinstance(m, QuantLayer) and m.quantized is not None]
     stored = codes = weights = 0.0
     for layer in layers:
         assert layer.quantized is not None
-        numel = layer.in_features * layer.out_features
+        numel = layer.weight.numel()
         stored += layer.quantized.bits().total
         codes += numel * layer.quantized.spec.format.code_bits
         weights += numel
@@ -119,11 +129,12 @@ def count_bits(model: ImageGenerator[Any]) -> BitCount:
 
 def describe_bits(model: ImageGenerator[Any], bits: BitCount) -> str:
     """A table of the sites and a line for each budget."""
-    lines = [f"{'site':34}{'precision':16}{'weights':>10}{'code bits':>11}{'real bits':>11}"]
-    for s in site_bits(model):
-        lines.append(
-            f"{s.site.name:34}{s.precision:16}{s.num_weights:>10,}{s.weight_code_bits:>11.2f}{s.weight_bits:>11.2f}"
-        )
+    sites = site_bits(model)
+    width = max([34, *(len(s.site.name) + 2 for s in sites)])
+    lines = [f"{'site':{width}}{'precision':16}{'weights':>11}{'code bits':>11}{'real bits':>11}"]
+    for s in sites:
+        counted = f"{s.num_weights:>11,}{s.weight_code_bits:>11.2f}{s.weight_bits:>11.2f}"
+        lines.append(f"{s.site.name:{width}}{s.precision:16}{counted}")
     size = f"{bits.model_bits / 8e3:,.1f} kB" if bits.model_bits < 8e6 else f"{bits.model_bits / 8e6:,.1f} MB"
     lines += [
         f"parameters    {bits.parameters:,}",

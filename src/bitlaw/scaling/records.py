@@ -20,7 +20,8 @@ SAMPLE_TILES = (12, 2)  # columns, rows of a cell's sample picture
 class Cell:
     """One cell of a study: which model at which precision by which method, and the protocol of its evaluation.
 
-    sampling: settings that replace those of the model's own sampler (guidance, num_steps ...)
+    sampling: settings that replace those of the model's own sampler (guidance, num_steps, recipe ...)
+    options: what `load` is given beside the name (tokenizer, dtype, device ...)
     """
 
     model: str
@@ -33,6 +34,7 @@ class Cell:
     reference: str = "ladder"
     features: str = "ladder"
     sampling: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def stem(self) -> str:
@@ -43,14 +45,15 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON."""
-        return {**asdict(self), "sampling": dict(self.sampling)}
+        return {**asdict(self), "sampling": dict(self.sampling), "options": dict(self.options)}
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         """The cell of a configuration; keys that are results, not settings, are left out."""
         known = {f.name for f in fields(cls)}
         settings = {k: v for k, v in config.items() if k in known}
-        return cls(**{**settings, "sampling": tuple(sorted(settings.get("sampling", {}).items()))})
+        pairs = {key: tuple(sorted(settings.get(key, {}).items())) for key in ("sampling", "options")}
+        return cls(**{**settings, **pairs})
 
 
 @dataclass

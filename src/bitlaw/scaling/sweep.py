@@ -7,8 +7,8 @@ the order of cells, nor an interruption changes an image or a score.
 import io
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import product
@@ -46,7 +46,12 @@ LADDER_SIZES = ("xs", "s", "m", "l")
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of models, precisions, methods and seeds under one protocol. A full-precision model has no method."""
+    """A grid of models, precisions, methods and seeds under one protocol. A full-precision model has no method.
+
+    num_validation: images for the validation loss; they are the ladder's, so models of other images need 0
+    sampling: settings of every model's sampler (`{"recipe": "paper"}`)
+    options: what `load` is given beside each name (`{"device": "cuda", "dtype": "bfloat16"}`)
+    """
 
     name: str
     models: tuple[str, ...]
@@ -59,6 +64,8 @@ class Study:
     reference: str = "ladder"
     features: str = "ladder"
     description: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell of the grid."""
@@ -75,6 +82,8 @@ class Study:
                 self.protect,
                 self.reference,
                 self.features,
+                tuple(sorted(self.sampling.items())),
+                tuple(sorted(self.options.items())),
             )
             cells[cell] = None
         return list(cells)
@@ -93,7 +102,14 @@ class Study:
             )
         problems = []
         for name in self.models:
-            model = load(name)
+            model = load(name, **self.options).with_sampling(**self.sampling)
+            if self.num_validation and model.image_size != data.IMAGE_SIZE:
+                problems.append(
+                    f"{name}: draws {model.image_size} px, and the validation images are the ladder's of "
+                    f"{data.IMAGE_SIZE} px; set num_validation=0"
+                )
+            if not model.num_classes:
+                problems.append(f"{name}: draws from text, and a study draws from classes")
             for precision in self.precisions:
                 try:
                     check_quantizable(model, Precision.parse(precision), self.protect)
@@ -123,9 +139,7 @@ def run_cell(cell: Cell) -> CellResult:
     """Quantize, count bits, draw, score. A pure function of the cell's configuration."""
     started = time.perf_counter()
     network, reference = _scoring(cell.features, cell.reference)
-    model = load(cell.model)
-    if cell.sampling:
-        model = model.with_sampling(**dict(cell.sampling))
+    model = load(cell.model, **dict(cell.options)).with_sampling(**dict(cell.sampling))
     parameters = sum(p.numel() for p in model.net.parameters())
     if not (precision := Precision.parse(cell.precision)).is_full:
         model = quantize(model, precision, method=cell.method, protect=cell.protect)
@@ -191,7 +205,8 @@ def estimate(cells: list[Cell], num_images: int = 16) -> Estimate:
         for cell in cells:
             key = (cell.model, _quantizes_activations(cell))
             if key not in per_image:
-                model: ImageGenerator[Any] = load(cell.model)
+                model: ImageGenerator[Any] = load(cell.model, **dict(cell.options))
+                model = model.with_sampling(**dict(cell.sampling))
                 if key[1]:
                     model = quantize(model, Precision.parse(cell.precision), method="rtn", protect=cell.protect)
                 labels = cyclic_labels(num_images, model.num_classes)

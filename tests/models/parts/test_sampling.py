@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from bitlaw.models.generator import Noise
+from bitlaw.models.parts import sampling
 from bitlaw.models.parts.attention import attend
 from bitlaw.models.parts.gelu import gelu_tanh
 from bitlaw.models.parts.guidance import guide, guide_channels, ramp
 from bitlaw.models.parts.pixels import from_uint8, to_uint8
-from bitlaw.models.parts.sampling import draw, filter_logits, soft_embedding
+from bitlaw.models.parts.sampling import draw, filter_logits, filter_nucleus, soft_embedding
 
 
 def test_gumbel_numbers_have_their_mean_and_variance():
@@ -54,6 +55,46 @@ def test_top_p_works_on_what_top_k_left():
     logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()[None, None]  # top-2 renormalized: 4/7, 3/7
     assert filter_logits(logits, top_k=2, top_p=0.55).isfinite().tolist() == [[[True, False, False, False]]]
     assert filter_logits(logits, top_k=2, top_p=0.65).isfinite().tolist() == [[[True, False, True, False]]]
+
+
+def with_ties(seed, step):
+    logits = torch.randn(3, 7, 300, generator=torch.Generator().manual_seed(seed)) * 3
+    return (logits / step).round() * step if step else logits
+
+
+@pytest.mark.parametrize("step", [0.0, 0.01, 0.5])  # from no equals to equals on the edge of both filters
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 0.5), (20, 0.9), (60, 0.96), (299, 0.3)])
+def test_both_filters_at_once_keep_what_sorting_everything_keeps(monkeypatch, step, top_k, top_p):
+    """Where equals lie on an edge, all is sorted, so that the same of them are kept as ever."""
+    for seed in range(5):
+        logits = with_ties(seed, step)
+        fast = filter_logits(logits, top_k, top_p)
+        with monkeypatch.context() as patched:
+            patched.setattr(sampling, "_cut", lambda *arguments: None)
+            assert torch.equal(fast, filter_logits(logits, top_k, top_p))
+        if step == 0:
+            assert sampling._cut(logits, top_k, top_p) is not None
+
+
+def test_nucleus_keeps_the_token_that_passes_p():
+    """Tokens go once those before them hold more than p, so the kept ones hold p at least; never all of them go."""
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()[None, None]
+    for p, kept in ((1.0, [1, 1, 1, 1]), (0.95, [1, 1, 1, 1]), (0.85, [1, 0, 1, 1]), (0.65, [1, 0, 1, 0])):
+        assert filter_nucleus(logits, top_p=p).isfinite().int().tolist() == [[kept]], p
+    assert filter_nucleus(logits, top_p=0.0).isfinite().int().tolist() == [[[1, 0, 0, 0]]]
+    assert filter_nucleus(logits, 2, 0.55).isfinite().int().tolist() == [[[1, 0, 0, 0]]]  # top-2 renormalized: 4/7
+    assert filter_nucleus(logits, 2, 0.6).isfinite().int().tolist() == [[[1, 0, 1, 0]]]
+    assert torch.equal(filter_nucleus(logits), logits)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 0.5), (20, 0.9), (60, 0.96), (60, 0.0), (299, 0.3)])
+def test_nucleus_among_few_survivors_is_that_of_all(step, top_k, top_p):
+    """What is below the k-th is not sorted; the same is kept as of logits that were filtered before."""
+    for seed in range(5):
+        logits = with_ties(seed, step)
+        all_sorted = filter_nucleus(filter_nucleus(logits, top_k), top_p=top_p)
+        assert torch.equal(filter_nucleus(logits, top_k, top_p), all_sorted)
 
 
 def test_soft_embedding_sharpens_to_the_drawn_code():

@@ -8,11 +8,15 @@ from torch import Tensor
 from bitlaw.models.autoencoders.autoencoder import Autoencoder
 from bitlaw.models.autoencoders.kl import KLAutoencoder
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
+from bitlaw.models.autoencoders.token_vq import TokenVQ
+from bitlaw.models.autoencoders.vq import VQAutoencoder
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import build
 from bitlaw.names import lookup
 
-AUTOENCODERS: dict[str, type[Autoencoder]] = {kind.kind: kind for kind in (VQTokenizer, KLAutoencoder)}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {
+    kind.kind: kind for kind in (VQTokenizer, KLAutoencoder, TokenVQ, VQAutoencoder)
+}
 
 
 def autoencoder_config(autoencoder: Autoencoder) -> dict[str, Any]:
@@ -31,10 +35,15 @@ def restore_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def open_autoencoder(file: WeightsFile, **sizes: Any) -> Autoencoder:
-    """The autoencoder of a released file. ValueError says what was found if it is none."""
-    for kind in AUTOENCODERS.values():
-        if kind.recognizes(file):
-            return kind.from_official(file, **sizes)
+    """The autoencoder of a released file, or beside the network of a training checkpoint.
+
+    ValueError says what was found if there is none.
+    """
+    parts = [file, *(WeightsFile(file.path, tensors, place) for place, tensors in file.others.items())]
+    for part in parts:
+        for kind in AUTOENCODERS.values():
+            if kind.recognizes(part):
+                return kind.from_official(part, **sizes)
     raise ValueError(f"{file.path}: not an autoencoder that is known ({', '.join(AUTOENCODERS)}); {file.describe()}")
 
 
@@ -42,6 +51,8 @@ __all__ = [
     "AUTOENCODERS",
     "Autoencoder",
     "KLAutoencoder",
+    "TokenVQ",
+    "VQAutoencoder",
     "VQTokenizer",
     "autoencoder_config",
     "open_autoencoder",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from bitlaw.models.autoencoders.autoencoder import Autoencoder
-from bitlaw.models.keymaps import taming_autoencoder, to_ours, to_theirs
+from bitlaw.models.keymaps import present_names, taming_autoencoder, to_ours, to_theirs
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import build
 
@@ -80,8 +80,9 @@ class KLAutoencoder(Autoencoder):
     def from_official(cls, file: WeightsFile, **sizes: Any) -> Self:
         """From a file of Stable Diffusion's or MAR's autoencoder."""
         original = not any(name.startswith("decoder.mid_block") for name in file.tensors)
-        tensors = diffusers_names(file) if original else dict(file.tensors)
-        config = {"original_names": original, **sizes_of(WeightsFile(file.path, tensors)), **sizes}
+        tensors = diffusers_names(file) if original else present_names(file.tensors)
+        found = sizes_of(WeightsFile(file.path, tensors, metadata=file.metadata))
+        config = {"original_names": original, **found, **sizes}
         known = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
         inside = {f"vae.{name}": tensor for name, tensor in tensors.items() if name.startswith(known)}
         return build(lambda: cls.from_config(config), inside, f"{file.path.name}: KL autoencoder")
@@ -115,7 +116,10 @@ def diffusers_names(file: WeightsFile) -> dict[str, Tensor]:
 
 
 def sizes_of(file: WeightsFile) -> dict[str, Any]:
-    """The sizes of an autoencoder under diffusers' names, from its tensors' shapes."""
+    """The sizes of an autoencoder under diffusers' names, from its tensors' shapes.
+
+    Groups of the normalisations, which shapes do not tell, are those of its config.json, or 32 as in every release.
+    """
     num_levels = file.count(r"encoder\.down_blocks\.(\d+)\.")
 
     def has_attention(half: str, level: int) -> bool:
@@ -132,6 +136,6 @@ def sizes_of(file: WeightsFile) -> dict[str, Any]:
         "block_out_channels": tuple(widths),
         "layers_per_block": file.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": file.shape("decoder.conv_in.weight")[1],
-        "norm_num_groups": min(32, *widths),
+        "norm_num_groups": file.metadata.get("norm_num_groups", min(32, *widths)),
         "mid_block_add_attention": any("mid_block.attentions" in name for name in file.tensors),
     }

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlaw.linear import Linear, linear
 from bitlaw.models.parts.attention import attend
 from bitlaw.models.parts.gelu import gelu_tanh
+from bitlaw.models.parts.key_values import KeyValues, LayerKeyValues
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ class VARTransformer(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, length, width))
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
-        self.word_embed = nn.Linear(config.latent_channels, width)
+        self.word_embed = Linear(config.latent_channels, width)
         if config.shared_adaln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
-        self.head = nn.Linear(width, config.vocab_size)
+        self.head = Linear(width, config.vocab_size)
         self.register_buffer("stage_L", torch.empty(0), persistent=False)
         self.register_buffer("mask_LL", torch.empty(0), persistent=False)
         self.reset_tables()
@@ -103,9 +105,10 @@ class VARTransformer(nn.Module):
         """
         conditions = self.conditions(labels_B)
         first_B1C = self._first(conditions)
-        x_BLC = torch.cat([first_B1C, self.word_embed(latents_BLZ)], 1) + self._positions()
+        x_BLC = torch.cat([first_B1C, self.word_embed(latents_BLZ.to(first_B1C.dtype))], 1) + self._positions()
+        mask_LL = self.mask_LL.to(x_BLC.dtype)
         for block, modulation in zip(self.blocks, conditions.blocks, strict=True):
-            x_BLC = block(x_BLC, modulation, bias_NM=self.mask_LL)
+            x_BLC = block(x_BLC, modulation, bias_NM=mask_LL)
         return self.logits(x_BLC, conditions.head)
 
     def conditions(self, labels_R: Tensor) -> Conditions:
@@ -125,7 +128,7 @@ class VARTransformer(nn.Module):
         config = self.config
         num_kept = config.num_tokens - config.patch_nums[-1] ** 2
         shape = (config.depth, 2, len(labels_R), config.heads, num_kept, config.width // config.heads)
-        return Memory(self.conditions(labels_R), KeyValues(self.pos_1LC.new_empty(shape)), 0)
+        return Memory(self.conditions(labels_R), self._positions(), KeyValues(self.pos_1LC.new_empty(shape)), 0)
 
     def run_stage(self, memory: "Memory", stage: int, latents_BNZ: Tensor | None = None) -> tuple[Tensor, "Memory"]:
         """Hidden states (R, N, C) of one stage, and the memory grown by it; the memory given stays as it is.
@@ -133,25 +136,27 @@ class VARTransformer(nn.Module):
         `latents_BNZ` are the stage's inputs (None for stage 0), the same for both halves of the rows.
         """
         span = self.config.span(stage)
+        positions_NC = memory.positions_LC[span]
         if latents_BNZ is None:
-            x_RNC = self._first(memory.conditions) + self._positions()[span]
+            x_RNC = self._first(memory.conditions) + positions_NC
         else:
-            x_BNC = self.word_embed(latents_BNZ) + self._positions()[span]
+            x_BNC = self.word_embed(latents_BNZ.to(positions_NC.dtype)) + positions_NC
             x_RNC = x_BNC.repeat(len(memory.conditions.class_RC) // len(x_BNC), 1, 1)
         is_last = stage == len(self.config.patch_nums) - 1
-        store = memory.store if is_last else memory.writable_store()
+        store = memory.store if is_last else memory.store.writable(memory.length)
         for i, (block, modulation) in enumerate(zip(self.blocks, memory.conditions.blocks, strict=True)):
-            layer = LayerMemory(store.layers[i], memory.length, keeps=not is_last)
+            layer = LayerKeyValues(store.layers[i], memory.length, keeps=not is_last)
             x_RNC = block(x_RNC, modulation, memory=layer)
         if is_last:
             return x_RNC, memory
         store.filled = span.stop
-        return x_RNC, Memory(memory.conditions, store, span.stop)
+        return x_RNC, memory._replace(store=store, length=span.stop)
 
     def logits(self, x_RNC: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Logits (R, N, V) of hidden states; float32."""
-        scale, shift = modulation
-        return self.head(_modulated_norm(x_RNC.float(), scale, shift, self.config.norm_eps)).float()
+        """Logits (R, N, V) of hidden states; float32. The head computes in the network's type, what is before not."""
+        scale, shift = (part.float() for part in modulation)
+        normed_RNC = _modulated_norm(x_RNC.float(), scale, shift, self.config.norm_eps)
+        return self.head(normed_RNC.to(x_RNC.dtype)).float()
 
     def _first(self, conditions: Conditions) -> Tensor:
         return conditions.class_RC.unsqueeze(1) + self.pos_start
@@ -182,44 +187,16 @@ class VARTransformer(nn.Module):
                     parameter.mul_(0.5)
 
 
-class KeyValues:
-    """Room for the keys and values of all stages but the last, which no later stage sees.
+class Memory(NamedTuple):
+    """What earlier stages left: the first `length` tokens of a store that later memories may share.
 
-    layers: (depth, 2, R, H, L - N of the last stage, d), of which the first `filled` tokens are used
+    Conditions and positions (L, C) are those of all stages.
     """
 
-    def __init__(self, layers: Tensor, filled: int = 0):
-        self.layers, self.filled = layers, filled
-
-
-class Memory(NamedTuple):
-    """What earlier stages left: conditions, and the first `length` tokens of a store that later memories may share."""
-
     conditions: Conditions
+    positions_LC: Tensor
     store: KeyValues
     length: int
-
-    def writable_store(self) -> KeyValues:
-        """The store if no other memory has grown it beyond this one, else a copy of it."""
-        return self.store if self.store.filled == self.length else KeyValues(self.store.layers.clone(), self.length)
-
-
-class LayerMemory(NamedTuple):
-    """Keys and values of one layer, (2, R, H, L, d), of which `length` tokens are there."""
-
-    key_values: Tensor
-    length: int
-    keeps: bool
-
-    def join(self, k_RHNd: Tensor, v_RHNd: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values seen so far, (R, H, M, d), those of this stage last."""
-        keys, values = self.key_values
-        if not self.keeps:
-            old = slice(0, self.length)
-            return torch.cat([keys[:, :, old], k_RHNd], 2), torch.cat([values[:, :, old], v_RHNd], 2)
-        end = self.length + k_RHNd.shape[2]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k_RHNd, v_RHNd
-        return keys[:, :, :end], values[:, :, :end]
 
 
 class QKVLinear(nn.Linear):
@@ -240,8 +217,8 @@ class QKVLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., 3 C)."""
-        bias = self.bias * self.has_bias if torch.is_grad_enabled() else self.bias
-        return F.linear(input, self.weight, bias)
+        bias = self.bias * self.has_bias.to(self.bias.dtype) if torch.is_grad_enabled() else self.bias
+        return linear(input, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -251,20 +228,20 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.qk_norm = config.heads, config.qk_norm
         self.mat_qkv = QKVLinear(config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = Linear(config.width, config.width)
         if config.qk_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0)))
         self.quant_q: nn.Module = nn.Identity()
         self.quant_k: nn.Module = nn.Identity()
         self.quant_v: nn.Module = nn.Identity()
 
-    def forward(self, x_RNC: Tensor, bias_NM: Tensor | None = None, memory: LayerMemory | None = None) -> Tensor:
+    def forward(self, x_RNC: Tensor, bias_NM: Tensor | None = None, memory: LayerKeyValues | None = None) -> Tensor:
         """(R, N, C) -> (R, N, C)."""
         rows, tokens, width = x_RNC.shape
         heads_3RHNd = self.mat_qkv(x_RNC).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = (part.contiguous() for part in heads_3RHNd)  # the norms and products below are twice as fast so
         if self.qk_norm:
-            temperature = self.scale_mul_1H11.clamp_max(math.log(100)).exp()
+            temperature = self.scale_mul_1H11.float().clamp_max(math.log(100)).exp()
             q, k, scale = _unit(q, temperature), _unit(k), 1.0
         else:
             scale = 0.25 / math.sqrt(width // self.heads)
@@ -275,7 +252,9 @@ class Attention(nn.Module):
 
 
 def _unit(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
-    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
+    """Vectors of this length. Norms are float32: scores are up to 100 long, and would feel a norm's rounding."""
+    wide = x.float()
+    return (wide * (length / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12))).to(x.dtype)
 
 
 class FFN(nn.Module):
@@ -284,8 +263,8 @@ class FFN(nn.Module):
     def __init__(self, config: VARConfig):
         super().__init__()
         hidden = round(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc1 = Linear(config.width, hidden)
+        self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x_RNC: Tensor) -> Tensor:
         """(R, N, C) -> (R, N, C)."""
@@ -303,7 +282,7 @@ class Block(nn.Module):
         if config.shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) / config.width**0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
 
     def modulation(self, silu_KC: Tensor, shared_KX: Tensor | None) -> Tensor:
         """The six modulations (K, 6 C): of the block's own linear, or the shared one's plus the block's offsets."""
@@ -316,7 +295,7 @@ class Block(nn.Module):
         x_RNC: Tensor,
         modulation: tuple[Tensor, ...],
         bias_NM: Tensor | None = None,
-        memory: LayerMemory | None = None,
+        memory: LayerKeyValues | None = None,
     ) -> Tensor:
         """(R, N, C) -> (R, N, C)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
@@ -330,7 +309,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, config: VARConfig):
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width))
 
 
 def _parts(out_RX: Tensor, num_parts: int) -> tuple[Tensor, ...]:
@@ -356,7 +335,7 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             official[name] = tensor
             continue
         q, k, v = tensor.chunk(3)
-        if k.any():
+        if not k.is_meta and k.any():
             raise ValueError(f"{name}: its key part is not zero, and official checkpoints have no place for it")
         attn = name.removesuffix("mat_qkv.bias")
         official |= {attn + "q_bias": q.clone(), attn + "v_bias": v.clone()}

@@ -11,6 +11,7 @@ Legend: B images, C channels, H height, W width; the output of a network that le
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -19,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Schedule = Literal["linear", "squaredcos_cap_v2"]
+Schedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 PredictionType = Literal["epsilon", "v"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 
@@ -46,10 +47,12 @@ class Losses(NamedTuple):
 class Diffusion:
     """A diffusion process; the defaults are DiT's.
 
-    schedule: betas, "linear" or "squaredcos_cap_v2" (cosine)
+    schedule: betas, "linear", "scaled_linear" (their square roots are; LDM calls that "linear") or "squaredcos_cap_v2"
+    (cosine)
     prediction: what the network gives, the noise ("epsilon") or v = sqrt(abar) noise - sqrt(1 - abar) x_0 ("v")
     variance: of the DDPM posterior: learned between two bounds, or fixed at the lower (small) or upper (large) one
     respacing: which steps are kept, see `kept_timesteps`
+    beta_ends: first and last beta of a linear schedule, None for those of `betas_of`
     """
 
     num_timesteps: int = 1000
@@ -57,10 +60,15 @@ class Diffusion:
     prediction: PredictionType = "epsilon"
     variance: Variance = "learned_range"
     respacing: str = ""
+    beta_ends: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.beta_ends is not None:
+            object.__setattr__(self, "beta_ends", tuple(self.beta_ends))
+            if self.schedule == "squaredcos_cap_v2":
+                raise ValueError("beta_ends are of a linear or scaled_linear schedule; a cosine schedule has none")
         for field, value, known in (
-            ("schedule", self.schedule, ("linear", "squaredcos_cap_v2")),
+            ("schedule", self.schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
             ("prediction", self.prediction, ("epsilon", "v")),
             ("variance", self.variance, ("learned_range", "fixed_small", "fixed_large")),
         ):
@@ -84,9 +92,14 @@ class Diffusion:
         return kept_timesteps(self.num_timesteps, self.respacing)
 
     @cached_property
+    def _all_betas(self) -> Tensor:
+        """Betas before respacing."""
+        return betas_of(self.schedule, self.num_timesteps, self.beta_ends)
+
+    @cached_property
     def betas(self) -> Tensor:
         """1 - abar[k] / abar[k - 1]."""
-        full = betas_of(self.schedule, self.num_timesteps)
+        full = self._all_betas
         if not self.respacing:
             return full
         abar = (1 - full).cumprod(0)[self.timesteps]
@@ -140,12 +153,25 @@ class Diffusion:
         """Weight of x_k in that mean."""
         return (1 - self.abar_previous) * (1 - self.betas).sqrt() / (1 - self.abar)
 
+    @property
+    def abar_of_timestep_0(self) -> float:
+        """abar of the least noisy original timestep, which a respaced process may not have kept."""
+        return float(1 - self._all_betas[0])
+
     # ---- forward process and training -------------------------------------------------------------
 
     def add_noise(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
         """x_k = sqrt(abar) x_0 + sqrt(1 - abar) noise."""
         signal, sigma = self._at(self.signal, index, x0_BCHW), self._at(self.sigma, index, x0_BCHW)
         return signal * x0_BCHW + sigma * noise_BCHW
+
+    def loss_timesteps(self, image_ids: Sequence[int]) -> Tensor:
+        """A timestep (B,) for the validation loss of each image, by the golden-ratio sequence over images' indices.
+
+        Any run of images covers the schedule evenly, and every model meets the same timesteps.
+        """
+        fractions = [(image * (math.sqrt(5) - 1) / 2 + 0.5) % 1 for image in image_ids]
+        return torch.tensor([int(fraction * self.num_timesteps) for fraction in fractions])
 
     def target(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
         """What the network should give."""
@@ -211,15 +237,23 @@ class Diffusion:
         return Posterior(self._posterior_mean(x0, x_BCHW, index), log_variance, x0)
 
     def ddpm_step(
-        self, x_BCHW: Tensor, output_BCHW: Tensor, index: int, noise_BCHW: Tensor | None, *, clip: bool = False
+        self,
+        x_BCHW: Tensor,
+        output_BCHW: Tensor,
+        index: int,
+        noise_BCHW: Tensor | None,
+        *,
+        clip: bool = False,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """x_{k-1} drawn from p(x_{k-1} | x_k); the mean at index 0."""
+        """x_{k-1} drawn from p(x_{k-1} | x_k), its deviation times `temperature`; the mean at index 0."""
         posterior = self.posterior(x_BCHW, output_BCHW, index, clip=clip)
         if index == 0:
             return posterior.mean_BCHW
         if noise_BCHW is None:
             raise ValueError("a DDPM step needs noise")
-        return posterior.mean_BCHW + torch.exp(0.5 * posterior.log_variance_BCHW) * noise_BCHW
+        deviation = temperature * torch.exp(0.5 * posterior.log_variance_BCHW)
+        return posterior.mean_BCHW + deviation * noise_BCHW
 
     def ddim_step(
         self,
@@ -228,13 +262,25 @@ class Diffusion:
         index: int,
         eta: float = 0.0,
         noise_BCHW: Tensor | None = None,
+        *,
+        clip: bool = False,
+        to_x0: bool = True,
     ) -> Tensor:
-        """x_{k-1} by DDIM (Song et al. eq. 12): deterministic at eta = 0; at eta = 1 it needs noise, as DDPM does."""
+        """x_{k-1} by DDIM (Song et al. eq. 12): deterministic at eta = 0; at eta = 1 it needs noise, as DDPM does.
+
+        clip: limit x_0 to [-1, 1] and leave the noise as predicted; the DDIM paper's samplers do not
+        to_x0: index 0 gives x_0 and draws nothing; otherwise it stops at the noise of original timestep 0, as LDM's
+        sampler does, and draws as the others
+        """
         abar, previous = float(self.abar[index]), float(self.abar_previous[index])
+        if index == 0 and not to_x0:
+            previous = self.abar_of_timestep_0
         x0, noise = self.predict_x0(x_BCHW, output_BCHW, index), self.predict_noise(x_BCHW, output_BCHW, index)
+        if clip:
+            x0 = x0.clamp(-1, 1)
         spread = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
         x = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - spread * spread, 0.0)) * noise
-        if spread == 0 or index == 0:
+        if spread == 0:
             return x
         if noise_BCHW is None:
             raise ValueError(f"DDIM with eta {eta} needs noise")
@@ -257,15 +303,19 @@ def _respaced(process: Diffusion, respacing: str) -> Diffusion:
     return replace(process, respacing=respacing)
 
 
-def betas_of(schedule: Schedule, num_timesteps: int) -> Tensor:
+def betas_of(schedule: Schedule, num_timesteps: int, ends: tuple[float, float] | None = None) -> Tensor:
     """Betas of a whole schedule, float64.
 
-    Linear from 1e-4 to 0.02 at 1000 steps, both ends in proportion at another number.
+    Linear between `ends`; without them from 1e-4 to 0.02 at 1000 steps, both ends in proportion at another number.
+    Scaled linear: the same with square roots of betas.
     Cosine: 1 - g((i + 1) / T) / g(i / T), at most 0.999, with g(u) = cos^2((u + 0.008) / 1.008 * pi / 2).
     """
-    if schedule == "linear":
+    if schedule != "squaredcos_cap_v2":
         factor = 1000 / num_timesteps
-        return torch.linspace(factor * 1e-4, factor * 0.02, num_timesteps, dtype=torch.float64)
+        first, last = ends or (factor * 1e-4, factor * 0.02)
+        if schedule == "linear":
+            return torch.linspace(first, last, num_timesteps, dtype=torch.float64)
+        return torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2
     g = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
     return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(g)], dtype=torch.float64)
 
@@ -273,14 +323,20 @@ def betas_of(schedule: Schedule, num_timesteps: int) -> Tensor:
 def kept_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     """Timesteps that a respacing string keeps, ascending.
 
-    "" keeps all; "ddimK" every s-th from 0 for the smallest stride s that keeps K; "a,b,c" cuts the range into equal
-    sections and keeps a, b, c evenly spaced steps of them, both ends included. Raises ValueError if that is impossible.
+    "" keeps all; "strideS" every S-th from 0, and "strideS+F" from F; "ddimK" every s-th from 0 for the smallest stride
+    s that keeps K; "a,b,c" cuts the range into equal sections and keeps a, b, c evenly spaced steps of them, both ends
+    included. Raises ValueError if that is impossible.
     """
     if respacing == "":
         return list(range(num_timesteps))
+    if found := re.fullmatch(r"stride([1-9]\d*)(?:\+(\d+))?", respacing):
+        kept_from = int(found[2] or 0)
+        if kept_from >= num_timesteps:
+            raise ValueError(f"respacing '{respacing}': starts after the last of {num_timesteps} timesteps")
+        return list(range(kept_from, num_timesteps, int(found[1])))
     if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", respacing):
         raise ValueError(
-            f"respacing '{respacing}': must be a number of steps, ddim and a number, or numbers with commas"
+            f"respacing '{respacing}': must be a number of steps, ddim or stride and a number, or numbers with commas"
         )
     if respacing.startswith("ddim"):
         count = int(respacing.removeprefix("ddim"))

@@ -8,14 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rounding = Literal["nearest", "truncate"]
+Rounding = Literal["nearest", "half-even", "truncate"]
 
 
 def to_uint8(images_BCHW: Tensor, rounding: Rounding = "nearest") -> Tensor:
     """uint8 images from numbers in [-1, 1]; what lies outside is clamped.
 
-    "nearest" rounds (x + 1) / 2 * 255 half up, as DiT and MAR do; "truncate" cuts the fraction off, as VAR's demo does.
+    "nearest" rounds (x + 1) / 2 * 255 half up, as DiT does; "half-even" to the even neighbour of a half, as MAR does;
+    "truncate" cuts the fraction off, as VAR's demo does.
     """
+    if rounding == "half-even":
+        return ((images_BCHW + 1) / 2 * 255).clamp_(0, 255).round_().to(torch.uint8)
     offset = {"nearest": 128.0, "truncate": 127.5}[rounding]
     return (images_BCHW * 127.5 + offset).clamp_(0, 255).to(torch.uint8)
 

@@ -1,0 +1,5 @@
+"""`python -m bitlaw.cli`."""
+
+from bitlaw.cli import main
+
+main()

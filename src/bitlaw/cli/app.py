@@ -1,0 +1,66 @@
+"""The application that commands register with, and its way of printing."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    name="bitlaw",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Quantize vision generative models and find which size at which bit width gives the best images.",
+)
+
+out_console, error_console = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        error_console.print(f"[red]error:[/red] {escape(str(error))}")
+        sys.exit(2)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with the time left on a terminal; elsewhere a plain line whenever there is something to say."""
+    if not out_console.is_terminal:
+        done = 0
+
+        def plain(count: int, text: str = "") -> None:
+            nonlocal done
+            done += count
+            if text:
+                print(f"[{done}/{total}] {text}", flush=True)
+
+        yield plain
+        return
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=out_console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count, text="": bar.update(task, advance=count, description=text)
+
+
+def escape(text: str) -> str:
+    """`text` without rich markup in it."""
+    return text.replace("[", r"\[")
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,190 @@
+"""Quantize models, and say what checkpoints hold."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitlaw.cli.app import app, out_console
+from bitlaw.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    Option,
+    Out,
+    Tokenizer,
+    load_model,
+    parse_protect,
+    refuse_existing,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bitlaw.models.generator import ImageGenerator
+
+
+@app.command(
+    epilog="Examples: `bitlaw quantize ladder/var-s --precision W4A8 --out var-s-w4a8` · "
+    "`bitlaw quantize DiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema --precision W4g128A8 --out dit-w4a8`"
+)
+def quantize(
+    model: Model,
+    out: Out,
+    precision: Annotated[str, typer.Option("--precision", help="W4A16, W4g32A8, We2m1Ae4m3 ...")] = "W4A16",
+    method: Annotated[str, typer.Option(help="How the codes are chosen: rtn.")] = "rtn",
+    protect: Annotated[
+        str, typer.Option(help="Layers that stay in 16 bits: first-last, none, or site names with commas.")
+    ] = "first-last",
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    option: Option = None,
+) -> None:
+    """Quantize a model and save it, as small as its bits say."""
+    import bitlaw
+
+    refuse_existing(out)
+    bitlaw.Precision.parse(precision)
+    loaded = load_model(model, tokenizer, dtype, device, option)
+    small = bitlaw.quantize(loaded, precision, method=method, protect=parse_protect(protect))
+    small.save(out)
+    out_console.print(_describe(bitlaw.load(out), str(out)))
+
+
+@app.command(
+    epilog="Examples: `bitlaw info var-s-w4a8` · `bitlaw info var_d16.pth` · `bitlaw info vae_ch160v4096z32.pth`"
+)
+def info(
+    path: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    option: Option = None,
+) -> None:
+    """What a file or checkpoint holds: bits of every layer, both bit counts, provenance."""
+    import bitlaw
+    from bitlaw.models.autoencoders import AUTOENCODERS, open_autoencoder
+    from bitlaw.models.loading import is_checkpoint, load_official, resolve
+    from bitlaw.models.official import read_weights
+
+    found, _ = resolve(path)
+    if is_checkpoint(found):
+        text = _describe(bitlaw.load(path), path, as_json=as_json)
+    else:
+        file = read_weights(found)
+        if any(kind.recognizes(file) for kind in AUTOENCODERS.values()):
+            autoencoder = open_autoencoder(file)
+            count = sum(parameter.numel() for parameter in autoencoder.parameters())
+            content = {"name": path, "kind": autoencoder.kind, "parameters": count, "sizes": autoencoder.to_config()}
+            plain = f"{path}: {autoencoder.kind} autoencoder, {count:,} parameters\n{autoencoder.to_config()}"
+            text = json.dumps(content, indent=2) if as_json else plain
+        else:
+            model = load_official(file, "none", **settings(option, "option"))
+            text = _describe(model, path, as_json=as_json)
+    out_console.print(text, markup=False, highlight=False)
+
+
+@app.command(epilog="Examples: `bitlaw models` · `bitlaw models --family mar`")
+def models(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+) -> None:
+    """Families, sizes, the files they load, and their published scores."""
+    from torch.nn import Conv2d
+
+    import bitlaw
+    from bitlaw.models import FAMILIES
+    from bitlaw.models.loading import ladder_names
+    from bitlaw.models.releases import RELEASES
+    from bitlaw.names import lookup
+
+    if family is not None:
+        lookup(FAMILIES, family, "family")
+    for name in FAMILIES if family is None else (family,):
+        table = _models_table(f"[bold]{name}[/bold]: {(FAMILIES[name].__doc__ or '').partition(chr(10))[0]}")
+        for builtin in ladder_names():
+            model = bitlaw.load(builtin)
+            if model.family == name:
+                parameters = sum(p.numel() for p in model.net.parameters())
+                convolutions = sum(isinstance(model.net.get_submodule(s.name), Conv2d) for s in model.sites())
+                table.add_row(
+                    builtin.rpartition("-")[2],
+                    _millions(parameters),
+                    str(len(model.sites()) - convolutions),
+                    str(convolutions),
+                    str(model.image_size),
+                    "",
+                    "",
+                    builtin,
+                )
+        for release in RELEASES:
+            if release.family == name:
+                table.add_row(
+                    release.size,
+                    _millions(release.parameters),
+                    str(release.num_linears),
+                    str(release.num_convolutions),
+                    str(release.image_size),
+                    "" if release.fid is None else f"{release.fid:.2f}",
+                    "" if release.inception_score is None else f"{release.inception_score:.1f}",
+                    "\n".join(release.files),
+                )
+        out_console.print(table)
+    out_console.print("Published scores: full precision, 50,000 images, recipe 'paper'.", highlight=False)
+
+
+def _models_table(title: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="")
+    table.add_column("size")
+    for column in ("params", "linear", "conv", "px", "FID", "IS"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("file, or name", overflow="fold")
+    return table
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.{1 if parameters > 1e7 else 2}f} M"
+
+
+@app.command(epilog="Example: `bitlaw export var-d16-w4 --to official --out var_d16_w4.pth` writes dequantized weights")
+def export(
+    model: Model,
+    out: Out,
+    to: Annotated[str, typer.Option(help="official: names and wrapper of the released files.")] = "official",
+    tokenizer: Tokenizer = "none",
+    dtype: Dtype = "float32",
+    option: Option = None,
+) -> None:
+    """Write a model in another format, and say what that format cannot hold."""
+    from bitlaw.models.export import EXPORTS
+    from bitlaw.models.loading import is_checkpoint, resolve
+    from bitlaw.names import lookup
+
+    write = lookup(EXPORTS, to, "format")
+    given = None if is_checkpoint(resolve(model)[0]) else tokenizer
+    lost = write(load_model(model, given, dtype, option=option), out)
+    out_console.print(f"{out}: {out.stat().st_size:,} bytes")
+    for what in lost:
+        out_console.print(f"not in it: {what}", highlight=False)
+
+
+def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) -> str:
+    from bitlaw.models.releases import release_of
+    from bitlaw.scaling.bits import count_bits, describe_bits
+
+    bits = count_bits(model)
+    release = release_of(model.family, bits.parameters, model.image_size)
+    if as_json:
+        content = {
+            "name": name,
+            "family": model.family,
+            "size": release.size if release else None,
+            "parameters": bits.parameters,
+            "bits": bits.to_json(),
+            "provenance": dict(model.provenance),
+        }
+        return json.dumps(content, indent=2)
+    size = f" {release.size} ({', '.join(release.files)})" if release else ""
+    classes = f"{model.num_classes} classes, " if model.num_classes > 1 else ""
+    return f"{name}: {model.family}{size}, {classes}{model.image_size} px\n{describe_bits(model, bits)}"

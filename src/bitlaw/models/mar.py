@@ -1,0 +1,412 @@
+"""Masked autoregressive models: tokens of a latent image in random order, each drawn by diffusion.
+
+A step of a rollout reveals a few tokens: `extract` runs the transformer for their conditions, `reconstruct` the head's
+own diffusion for their values.
+
+Legend: B images, R rows (B, or 2 B with guidance: conditional, then unconditional), L tokens of an image, P tokens of a
+step, C channels of a token, D width of the transformer, M = B P rows of the head, S its steps; c x h x w a latent.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from bitlaw.models.autoencoders import Autoencoder
+from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.networks.mar import MARConfig, MARTransformer, visible_positions
+from bitlaw.models.official import WeightsFile
+from bitlaw.models.parts.diffusion import Diffusion, Losses
+from bitlaw.models.parts.guidance import guide_channels
+from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
+from bitlaw.models.storage import build
+from bitlaw.names import unknown_name
+
+KL16_LATENT_SCALE = 0.2325
+"""Of MAR's autoencoder: latents times this have about unit variance."""
+
+PROCESS = Diffusion(schedule="squaredcos_cap_v2")
+"""The head's diffusion process, on all its steps."""
+
+# What the releases have and shapes do not tell, by width: B, L, H.
+_HEADS = {768: 12, 1024: 16, 1280: 16}
+_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
+_OPTIONS = ("heads", "patch_size")
+
+
+@dataclass(frozen=True)
+class MARSampling:
+    """Sampler settings; the defaults are those of the official evaluation of MAR-B.
+
+    guidance: w, 1 is off; "linear" is 1 + (w - 1) times the share of tokens that are revealed after the step,
+              "constant" is w in every step
+    num_steps: steps in which the tokens are revealed, the official num_iter; at most their number
+    head_steps: steps of the head's diffusion as a respacing string (`parts.diffusion.kept_timesteps`)
+    temperature: factor of the noise in these steps; not of the noise that they begin with
+    """
+
+    guidance: float = 2.9
+    schedule: Literal["linear", "constant"] = "linear"
+    num_steps: int = 256
+    head_steps: str = "100"
+    temperature: float = 1.0
+    rounding: Rounding = "half-even"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_steps", str(self.head_steps))
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(f"guidance schedule '{self.schedule}': must be linear or constant")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps {self.num_steps}: at least one step")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature}: must not be negative")
+        if PROCESS.respaced(self.head_steps).num_steps < 2:
+            raise ValueError(f"head_steps '{self.head_steps}': at least two steps")
+
+
+class MARState(NamedTuple):
+    """The tokens drawn so far, which are hidden yet, and the order in which they are revealed: from its end."""
+
+    tokens_BLC: Tensor
+    hidden_BL: Tensor
+    orders_BL: Tensor
+    labels_B: Tensor
+    noise: Noise
+
+
+class MAR(ImageGenerator[MARState]):
+    """A masked autoregressive transformer with its diffusion head and autoencoder. A step reveals a few tokens."""
+
+    family = "mar"
+    autoencoder_names = ("kl16.ckpt",)
+    official_wrapper = "model_ema"
+    net: MARTransformer
+
+    def __init__(
+        self,
+        net: MARTransformer,
+        autoencoder: Autoencoder | None,
+        sampling: MARSampling | None = None,
+        *,
+        latent_scale: float = KL16_LATENT_SCALE,
+    ):
+        config = net.config
+        self.net, self.autoencoder, self.latent_scale = net, autoencoder, latent_scale
+        self.sampling = sampling or published_sampling(config)
+        self.num_classes = config.num_classes
+        self.image_size = (autoencoder.downsampling if autoencoder else 16) * config.side * config.patch_size
+        self.clock = StepClock()
+        if autoencoder is not None and autoencoder.latent_channels != config.latent_channels:
+            raise ValueError(
+                f"mar takes {config.latent_channels} latent channels, its autoencoder has {autoencoder.latent_channels}"
+            )
+
+    @property
+    def null_label(self) -> int:
+        """The class after the last, which the network has a vector of its own for."""
+        return self.num_classes
+
+    @property
+    def recipes(self) -> Mapping[str, MARSampling]:
+        """The published evaluation of a model of this size, see `published_sampling`."""
+        return {"paper": published_sampling(self.net.config)}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a rollout."""
+        return self.sampling.num_steps
+
+    @property
+    def sampler_name(self) -> str:
+        """Schedule of guidance, steps and temperature of the head."""
+        sampling = self.sampling
+        return f"{sampling.schedule} head_steps={sampling.head_steps} temperature={sampling.temperature:g}"
+
+    @property
+    def spaced(self) -> Diffusion:
+        """The respaced process that the head follows."""
+        return PROCESS.respaced(self.sampling.head_steps)
+
+    @property
+    def hidden_counts(self) -> tuple[int, ...]:
+        """How many tokens are hidden before each step, and after the last. ValueError for too many steps."""
+        return hidden_counts(self.net.config.num_tokens, self.num_steps)
+
+    def guidance_at(self, step: int) -> float:
+        """w of one step. The last one reveals all, but counts a token as hidden still, as the official sampler does."""
+        if self.sampling.schedule == "constant":
+            return self.sampling.guidance
+        length = self.net.config.num_tokens
+        revealed = length - max(1, self.hidden_counts[step + 1])
+        return 1 + (self.sampling.guidance - 1) * revealed / length
+
+    def sites(self) -> list[Site]:
+        """Every linear, in order of execution. Timesteps are embedded once a step, conditions once a token."""
+        config, head = self.net.config, "diffloss.net"
+        length, buffer, steps = config.num_tokens, config.buffer_size, self.num_steps
+        visible = sum(length - hidden for hidden in self.hidden_counts[:-1])
+        encoded, decoded = visible + steps * buffer, steps * (length + buffer)
+        timesteps, denoised = steps * self.spaced.num_steps, length * self.spaced.num_steps
+
+        def block(prefix: str, index: int, rows: int, rows_after_attention: int) -> list[Site]:
+            return [
+                Site(f"{prefix}.attn.qkv", "qkv", index, "blocks", rows),
+                Site(f"{prefix}.attn.proj", "proj", index, "blocks", rows_after_attention),
+                Site(f"{prefix}.mlp.fc1", "fc1", index, "blocks", rows_after_attention),
+                Site(f"{prefix}.mlp.fc2", "fc2", index, "blocks", rows_after_attention),
+            ]
+
+        sites = [Site("z_proj", "embed", None, "embed", visible)]
+        for i in range(config.encoder_depth):
+            sites += block(f"encoder_blocks.{i}", i, encoded, encoded)
+        sites.append(Site("decoder_embed", "embed", None, "embed", encoded))
+        for i in range(config.decoder_depth):
+            rows = length if i == config.decoder_depth - 1 else decoded
+            sites += block(f"decoder_blocks.{i}", config.encoder_depth + i, decoded, rows)
+        sites += [
+            Site(f"{head}.cond_embed", "embed", None, "head", length),
+            Site(f"{head}.time_embed.mlp.0", "embed", None, "head", timesteps),
+            Site(f"{head}.time_embed.mlp.2", "embed", None, "head", timesteps),
+            Site(f"{head}.input_proj", "embed", None, "head", denoised),
+        ]
+        for i in range(config.head_depth):
+            sites += [
+                Site(f"{head}.res_blocks.{i}.adaLN_modulation.1", "adaln", None, "head", denoised),
+                Site(f"{head}.res_blocks.{i}.mlp.0", "fc1", None, "head", denoised),
+                Site(f"{head}.res_blocks.{i}.mlp.2", "fc2", None, "head", denoised),
+            ]
+        return [
+            *sites,
+            Site(f"{head}.final_layer.adaLN_modulation.1", "adaln", None, "head", denoised),
+            Site(f"{head}.final_layer.linear", "head", None, "head", denoised),
+        ]
+
+    def start(self, labels_B: Tensor, noise: Noise) -> MARState:
+        """Nothing revealed, an order for each image. ValueError for more steps than tokens."""
+        assert self.hidden_counts  # checks the number of steps
+        config = self.net.config
+        orders_BL = noise.permutation(0, config.num_tokens)
+        tokens_BLC = torch.zeros(*orders_BL.shape, config.token_channels, device=orders_BL.device)
+        return MARState(tokens_BLC, torch.ones_like(orders_BL, dtype=torch.bool), orders_BL, labels_B, noise)
+
+    def positions(self, state: MARState, step: int) -> Tensor:
+        """Positions (B, P) that a step reveals, ascending."""
+        before, after = self.hidden_counts[step : step + 2]
+        return state.orders_BL[:, after:before].sort(1).values
+
+    def extract(self, state: MARState, step: int) -> Extracted:
+        """Conditions of the tokens to be revealed, (B, P, D); with guidance (B, P, 2 D), the unconditional last."""
+        class_RD = self.net.class_vectors(state.labels_B)
+        guided = self.sampling.guidance != 1
+        if guided:
+            class_RD = torch.cat([class_RD, self.net.fake_latent.expand_as(class_RD)])
+        visible_BN = visible_positions(state.hidden_BL, self.net.config.num_tokens - self.hidden_counts[step])
+        z_RPD = self.net.run(state.tokens_BLC, visible_BN, class_RD, self.positions(state, step)).float()
+        return Extracted(torch.cat(z_RPD.chunk(2), -1) if guided else z_RPD)
+
+    def reconstruct(self, state: MARState, extracted: Extracted, step: int) -> MARState:
+        """Draw the tokens by the head's diffusion.
+
+        All its noise is of step number step + 1 of `Noise`, (S, P, C) for an image: the first of the S is what the
+        diffusion begins with, the others are of its steps in turn. The last step has none.
+        """
+        positions_BP = self.positions(state, step)
+        shape = (self.spaced.num_steps, positions_BP.shape[1], self.net.config.token_channels)
+        noise_SMC = state.noise.normal(step + 1, shape).transpose(0, 1).flatten(1, 2)
+        halves = 1 if self.sampling.guidance == 1 else 2
+        z_RD = torch.cat([z_BPD.flatten(0, 1) for z_BPD in extracted.features.chunk(halves, -1)])
+        x_MC = self.draw_tokens(z_RD, noise_SMC, self.guidance_at(step))
+        index_BPC = positions_BP[:, :, None].expand(-1, -1, x_MC.shape[-1])
+        return state._replace(
+            tokens_BLC=state.tokens_BLC.scatter(1, index_BPC, x_MC.view(index_BPC.shape)),
+            hidden_BL=state.hidden_BL.scatter(1, positions_BP, False),
+        )
+
+    def draw_tokens(self, z_RD: Tensor, noise_SMC: Tensor, guidance: float = 1.0) -> Tensor:
+        """Tokens (M, C) under their conditions, float32; with guidance R = 2 M, the unconditional conditions last."""
+        process, head = self.spaced, self.net.head
+        x_MC = noise_SMC[0]
+        guided = len(z_RD) != len(x_MC)
+        modulations = head.modulations_of_steps(z_RD, process.timesteps[::-1])
+        for done, modulation in enumerate(modulations, start=1):
+            output = head.run(x_MC, modulation)
+            if guided:
+                cond, uncond = output.chunk(2)
+                output = guide_channels(cond, uncond, guidance, x_MC.shape[-1])
+            index = process.num_steps - done
+            noise_MC = noise_SMC[done] if index else None
+            x_MC = process.ddpm_step(x_MC, output, index, noise_MC, temperature=self.sampling.temperature)
+        return x_MC
+
+    def decode(self, state: MARState) -> Tensor:
+        """uint8 images (B, 3, H, W)."""
+        latent_Bchw = self.net.unpatchify(state.tokens_BLC) / self.latent_scale
+        return to_uint8(self.latent_codec.decode(latent_Bchw), self.sampling.rounding)
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
+        """The training loss of each uint8 image (B,): mean over its hidden tokens of squared error and bound.
+
+        Which tokens are hidden, and each token's timestep and noise, follow from `noise` alone, so that every model
+        meets the same ones. Their share is drawn as in training, but for each image instead of a batch. Two departures
+        from the official training: latents are the means of their distributions, and each token is tried once.
+        """
+        tokens_BLC = self.net.patchify(self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale)
+        length = tokens_BLC.shape[1]
+        orders_BL = noise.permutation(0, length)
+        counts = [math.ceil(length * mask_ratio(u)) for u in noise.uniform(1, (1,)).flatten().tolist()]
+        t_BL = (noise.uniform(2, (length,)) * PROCESS.num_timesteps).long()
+        epsilon_BLC = noise.normal(3, tokens_BLC.shape[1:])
+        losses_B = tokens_BLC.new_empty(len(counts))
+        for count in sorted(set(counts)):  # images with as many hidden tokens go through the network together
+            images = torch.tensor([i for i, other in enumerate(counts) if other == count], device=tokens_BLC.device)
+            hidden_BP, visible_BN = orders_BL[images].tensor_split((count,), 1)
+            class_BD = self.net.class_vectors(labels_B[images])
+            z_BPD = self.net.run(tokens_BLC[images], visible_BN, class_BD, hidden_BP)
+            rows = images[:, None], hidden_BP
+            losses = self.token_losses(
+                z_BPD.flatten(0, 1),
+                tokens_BLC[rows].flatten(0, 1),
+                t_BL[rows].flatten(),
+                epsilon_BLC[rows].flatten(0, 1),
+            )
+            assert losses.vb_B is not None
+            losses_B[images] = (losses.mse_B + losses.vb_B).view(len(images), count).mean(1)
+        return losses_B
+
+    def token_losses(self, z_MD: Tensor, x0_MC: Tensor, t_M: Tensor, noise_MC: Tensor) -> Losses:
+        """The head's training losses of each token (M,), under given conditions; gradients reach both networks."""
+        output = self.net.head(PROCESS.add_noise(x0_MC, t_M, noise_MC), t_M, z_MD)
+        return PROCESS.losses(output, x0_MC, t_M, noise_MC)
+
+    @property
+    def latent_codec(self) -> Autoencoder:
+        """Its autoencoder. ValueError if the model was loaded without."""
+        if self.autoencoder is None:
+            wanted = self.autoencoder_names[0]
+            raise ValueError(f"this {self.family} was loaded without its autoencoder ({wanted}), which this needs")
+        return self.autoencoder
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    @classmethod
+    def recognizes(cls, file: WeightsFile) -> bool:
+        """Learned positions of a masked encoder, and a diffusion head."""
+        return "encoder_pos_embed_learned" in file and "diffloss.net.input_proj.weight" in file
+
+    @classmethod
+    def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:
+        """Sizes from shapes, the head's included. Options, which go before a training run's arguments: heads (of the
+        transformer, those of the releases if it has their width), patch_size (follows from the autoencoder, if given).
+        """
+        if unknown := options.keys() - set(_OPTIONS):
+            raise unknown_name(min(unknown), _OPTIONS, "option of MAR")
+        width, token_channels = file.shape("z_proj.weight")
+        heads = options.get("heads") or file.metadata.get("encoder_num_heads") or _HEADS.get(width)
+        if heads is None:
+            raise ValueError(f"width {width} is of no release, and shapes do not tell its attention heads; give heads=")
+        patch_size = _patch_size(token_channels, autoencoder, options.get("patch_size"), file.metadata)
+        length = file.shape("diffusion_pos_embed_learned")[1]
+        side = math.isqrt(length)
+        if side * side != length:
+            raise ValueError(f"diffusion_pos_embed_learned: {length} positions, expected a square number")
+        config = MARConfig(
+            width=width,
+            encoder_depth=file.count(r"encoder_blocks\.(\d+)\."),
+            decoder_depth=file.count(r"decoder_blocks\.(\d+)\."),
+            heads=heads,
+            head_depth=file.count(r"diffloss\.net\.res_blocks\.(\d+)\."),
+            head_width=file.shape("diffloss.net.input_proj.weight")[0],
+            num_classes=file.shape("class_emb.weight")[0],
+            side=side,
+            latent_channels=token_channels // patch_size**2,
+            patch_size=patch_size,
+            buffer_size=file.shape("encoder_pos_embed_learned")[1] - length,
+            mlp_ratio=file.shape("encoder_blocks.0.mlp.fc1.weight")[0] / width,
+        )
+        sampling = asdict(published_sampling(config))
+        if "num_sampling_steps" in file.metadata:
+            sampling["head_steps"] = str(file.metadata["num_sampling_steps"])
+        return {"net": asdict(config), "sampling": sampling, "latent_scale": KL16_LATENT_SCALE}
+
+    def to_config(self) -> dict[str, Any]:
+        """Sizes of the networks, sampler settings and the scale of latents."""
+        return {
+            "net": asdict(self.net.config),
+            "sampling": asdict(self.sampling),
+            "latent_scale": self.latent_scale,
+        }
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        autoencoder: Autoencoder | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The model."""
+        return cls(
+            build(lambda: MARTransformer(MARConfig(**config["net"])), tensors, "MAR", dtype=dtype),
+            autoencoder,
+            MARSampling(**config["sampling"]),
+            latent_scale=config["latent_scale"],
+        )
+
+
+def published_sampling(config: MARConfig) -> MARSampling:
+    """The settings of the published evaluation: 256 steps, linear guidance of 2.9 (B), 3.0 (L) or 3.2 (H).
+
+    A size that was not published has the guidance of B, and no more steps than tokens.
+    """
+    return MARSampling(guidance=_GUIDANCE.get(config.width, 2.9), num_steps=min(256, config.num_tokens))
+
+
+@lru_cache(maxsize=64)
+def hidden_counts(num_tokens: int, num_steps: int) -> tuple[int, ...]:
+    """Tokens that are hidden before each step, and 0 after the last: a cosine, rounded down, that falls in every step.
+
+    ValueError if there are more steps than tokens.
+    """
+    if not 1 <= num_steps <= num_tokens:
+        raise ValueError(f"num_steps {num_steps}: an image of {num_tokens} tokens has at most so many steps")
+    counts = [num_tokens]
+    for step in range(1, num_steps):
+        cosine = math.floor(num_tokens * math.cos(math.pi / 2 * step / num_steps))
+        counts.append(max(1, min(counts[-1] - 1, cosine)))
+    assert all(before > after for before, after in pairwise(counts))
+    return (*counts, 0)
+
+
+def mask_ratio(uniform: float) -> float:
+    """The share of hidden tokens in training: normal around 1 with deviation 0.25, cut to [0.7, 1].
+
+    `uniform` from [0, 1) is its quantile.
+    """
+    normal = NormalDist(mu=1.0, sigma=0.25)
+    lowest = normal.cdf(0.7)
+    return min(max(normal.inv_cdf(lowest + uniform * (0.5 - lowest)), 0.7), 1.0)
+
+
+def _patch_size(
+    token_channels: int, autoencoder: Autoencoder | None, given: int | None, metadata: Mapping[str, Any]
+) -> int:
+    """Positions a side that one token covers. ValueError if a token's channels do not come out."""
+    if autoencoder is None:
+        patch_size = int(given or metadata.get("patch_size", 1))
+        if token_channels % patch_size**2:
+            raise ValueError(f"patch_size {patch_size} does not go with tokens of {token_channels} channels")
+        return patch_size
+    channels = autoencoder.latent_channels
+    patch_size = int(given or math.isqrt(max(1, token_channels // channels)))
+    if channels * patch_size**2 != token_channels:
+        asked = f"patch_size {patch_size}" if given else "any patch"
+        raise ValueError(
+            f"tokens of {token_channels} channels do not go with an autoencoder of {channels} channels and {asked}"
+        )
+    return patch_size
