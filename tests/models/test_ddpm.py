@@ -81,18 +81,9 @@ def close(actual, expected, atol=1e-5):
 # ---- samplers ---------------------------------------------------------------------------------------
 
 
-class Recorded(nn.Module):
-    """Stands for a network: an output of its own for every timestep."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.outputs = torch.randn(1000, 2, 3, 4, 4, generator=generator)
-
-
 def follow(sampling, process, scheduler, **step):
     """Runs a sampler beside a scheduler of diffusers on the same outputs and noise; the largest relative difference."""
-    outputs = Recorded().outputs
+    outputs = torch.randn(1000, 2, 3, 4, 4, generator=torch.Generator().manual_seed(5))  # of every timestep
     model = object.__new__(DDPM)
     model.process, model.sampling = process, sampling
     noise = Noise(3, [4, 7])
@@ -272,6 +263,53 @@ def test_released_sizes(side, widths, attention):
     assert sum(isinstance(layer, nn.Conv2d) for layer in layers) == release.num_convolutions
     assert model.process.variance == ("fixed_large" if side == 32 else "fixed_small")
     assert model.recipes["paper"] == UNetSampling(num_steps=1000, sampler="ddpm", clip=True)
+
+
+def test_a_whole_rollout_is_that_of_diffusers(unet):
+    """Network, timesteps, steps and pixels: 20 ancestral steps and 20 of DDIM beside its loop, on the same noise."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    noise = Noise(6, [0, 1])
+    for scheduler, sampling, more in (
+        (DDPMScheduler(variance_type="fixed_large"), {}, {}),
+        (DDIMScheduler(clip_sample=False), {"sampler": "ddim", "clip": False, "eta": 0.3}, {"eta": 0.3}),
+    ):
+        scheduler.set_timesteps(20)
+        x = noise.normal(0, (3, 8, 8))
+        with torch.no_grad():
+            for index, t in enumerate(scheduler.timesteps):
+                x = step_of(scheduler, unet(x, t).sample, t, x, noise.normal(index + 1, (3, 8, 8)), **more)
+        model = make(unet, num_steps=20, **sampling)
+        steps = list(rollout(model, torch.zeros(2, dtype=torch.long), noise))
+        torch.testing.assert_close(steps[-1].after.x_BCHW, x, atol=1e-4 * x.abs().max().item(), rtol=0)
+        pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round()
+        assert (model.generate([0, 0], seed=6).int() - pixels.int()).abs().max() <= 1
+
+
+def test_samplers_have_names_of_their_own(unet):
+    names = {
+        make(unet, **s).sampler_name for s in ({}, {"clip": False}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1})
+    }
+    names |= {
+        make(unet, sampler="ddim", first_timestep=1).sampler_name,
+        make(unet, sampler="ddim", to_x0=False).sampler_name,
+    }
+    assert len(names) == 6 and make(unet).sampler_name == "ddpm fixed_large clipped"
+
+
+def test_schedulers_that_are_not_understood(directory):
+    path = directory / "scheduler_config.json"
+    scheduler = json.loads(path.read_text())
+    for change, message in (
+        ({"prediction_type": "sample"}, "prediction_type"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+    ):
+        path.write_text(json.dumps(scheduler | change))
+        with pytest.raises(ValueError, match=message):
+            bitlaw.load(directory)
+    path.write_text(json.dumps(scheduler | {"beta_end": 0.03, "prediction_type": "v_prediction"}))
+    process = bitlaw.load(directory).process
+    assert process.prediction == "v" and process.betas[-1].item() == pytest.approx(0.03)
 
 
 # ---- one loop ---------------------------------------------------------------------------------------

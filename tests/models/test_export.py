@@ -1,11 +1,15 @@
 """Official files written back."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import bitlaw
 from bitlaw.models.export import export_official
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
@@ -44,3 +48,12 @@ def test_names_are_the_official_ones(tmp_path):
     names = set(load_file(tmp_path / "weights.safetensors"))
     assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.mat_qkv.weight", "pos_1LC"} <= names
     assert "blocks.0.attn.mat_qkv.bias" not in names
+
+
+def test_a_var_is_exported_with_the_buffers_that_official_loading_asks_for(tmp_path):
+    model = bitlaw.load(DATA / "var_d2.fp16.safetensors", tokenizer="none")
+    export_official(model, tmp_path / "weights.pth")
+    released, exported = load_file(DATA / "var_d2.fp16.safetensors"), torch.load(tmp_path / "weights.pth")
+    assert set(exported) == set(released)
+    for name, tensor in released.items():
+        assert torch.equal(exported[name], tensor.to(exported[name].dtype)), name

@@ -13,7 +13,7 @@ import bitlaw
 from bitlaw.methods.quantize import quantize
 from bitlaw.models.autoencoders import VQAutoencoder
 from bitlaw.models.generator import Noise, replay, rollout
-from bitlaw.models.keymaps import join_qkv, openai_unet, split_qkv, to_theirs
+from bitlaw.models.keymaps import join_qkv, split_qkv, to_theirs
 from bitlaw.models.ldm import LDM
 from bitlaw.models.official import WeightsFile, read_weights
 
@@ -483,13 +483,14 @@ def test_a_directory_of_the_hub(tmp_path):
     with torch.no_grad():
         close(model.net(x, 31), unet(x, 31).sample)
         close(model.autoencoder.decode(x), vq.decode(x).sample)
-    names = openai_unet([False, True], 1, resnet_resampling=False, spatial=False)
-    assert len(model.to_official()) == 2 * (len(set(names)) - count_absent(names, unet))
-
-
-def count_absent(names, unet):
-    """Entries of the map that this network lacks; q, k and v are one in the official layout."""
-    modules = dict(unet.named_modules())
-    present = [ours for ours in names.values() if ours in modules]
-    fused = sum(ours.endswith((".to_q", ".to_k")) for ours in present)
-    return len(names) - len(present) + fused
+    assert bitlaw.load(root, beta_end=0.0155).process.beta_ends == (0.0015, 0.0155)
+    # The same network under the names of the training code, and back.
+    torch.save({"state_dict": model.to_official()}, tmp_path / "model.ckpt")
+    again = bitlaw.load(tmp_path / "model.ckpt", tokenizer=root / "vqvae", side=8)
+    assert "model.diffusion_model.input_blocks.3.1.qkv.weight" in model.to_official()
+    ours, theirs = model.to_tensors(), again.to_tensors()
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with torch.no_grad():
+        close(again.net(x, 31), unet(x, 31).sample)
+    with pytest.raises(ValueError, match=r"model\.ckpt: .*qkv.*5 heads"):
+        bitlaw.load(tmp_path / "model.ckpt", tokenizer=root / "vqvae", heads=5)

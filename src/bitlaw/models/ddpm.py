@@ -36,7 +36,7 @@ class UNetSampling:
     them, the official samplers take more steps than they are asked for (400 gives 500), and so does this one
     sampler, eta: "ddpm", or "ddim" with eta between 0 (deterministic) and 1
     clip: limit each prediction of x_0 to [-1, 1]
-    first_timestep: the least noisy timestep that is used, 0, or 1 in LDM's sampler (diffusers' `steps_offset`)
+    first_timestep: of DDIM, the least noisy timestep that is used: 0, or 1 in LDM's (diffusers' `steps_offset`)
     to_x0: DDIM's last step gives x_0; LDM's stops at the noise of timestep 0 (diffusers' `set_alpha_to_one=False`)
     """
 
@@ -111,7 +111,11 @@ class DDPM(ImageGenerator[UNetState]):
     def spaced(self) -> Diffusion:
         """The process that a rollout follows."""
         stride = max(1, self.process.num_timesteps // self.sampling.num_steps)
-        return self.process.respaced(f"stride{stride}+{self.sampling.first_timestep}")
+        return self.process.respaced(f"stride{stride}+{self.sampling.first_timestep if self._by_ddim else 0}")
+
+    @property
+    def _by_ddim(self) -> bool:
+        return self.sampling.sampler == "ddim"
 
     @property
     def num_steps(self) -> int:
@@ -122,9 +126,11 @@ class DDPM(ImageGenerator[UNetState]):
     def sampler_name(self) -> str:
         """Sampler, its stochasticity or variance, and how it ends."""
         sampling = self.sampling
-        how = f"eta={sampling.eta:g}" if sampling.sampler == "ddim" else self.process.variance
-        end = "" if sampling.to_x0 or sampling.sampler == "ddpm" else " to timestep 0"
-        return f"{sampling.sampler} {how} from timestep {sampling.first_timestep}{end}{' clipped' * sampling.clip}"
+        clipped = " clipped" * sampling.clip
+        if not self._by_ddim:
+            return f"ddpm {self.process.variance}{clipped}"
+        end = "x_0" if sampling.to_x0 else "timestep 0"
+        return f"ddim eta={sampling.eta:g} from timestep {sampling.first_timestep} to {end}{clipped}"
 
     def sites(self) -> list[Site]:
         """Every linear and convolution of the UNet, in order of execution."""
@@ -154,10 +160,10 @@ class DDPM(ImageGenerator[UNetState]):
         """One step of the sampler."""
         x, output, sampling, spaced = state.x_BCHW, extracted.features, self.sampling, self.spaced
         index = spaced.num_steps - 1 - step
-        by_ddim = sampling.sampler == "ddim"
-        draws = sampling.eta > 0 and not (index == 0 and sampling.to_x0) if by_ddim else index > 0
+        ends = index == 0 and (sampling.to_x0 or not self._by_ddim)
+        draws = not ends and (sampling.eta > 0 or not self._by_ddim)
         noise = state.noise.normal(step + 1, x.shape[1:]) if draws else None
-        if by_ddim:
+        if self._by_ddim:
             x = spaced.ddim_step(x, output, index, sampling.eta, noise, clip=sampling.clip, to_x0=sampling.to_x0)
         else:
             x = spaced.ddpm_step(x, output, index, noise, clip=sampling.clip)
@@ -214,7 +220,7 @@ class DDPM(ImageGenerator[UNetState]):
                     f"config.json says attention_head_dim {settings['attention_head_dim']}, but DDPM's attention has "
                     "one head of the whole width; set it to null there"
                 )
-            settings["sample_size"] = options.get("image_size") or settings["sample_size"]
+            settings["sample_size"] = options.get("image_size") or settings.get("sample_size")
         else:
             settings = ddpm_settings(file, options.get("image_size"))
         variance: Any = options.get("variance") or schedule.get("variance_type")
@@ -293,7 +299,12 @@ def scheduler_config(file: WeightsFile) -> dict[str, Any]:
 
 
 def process_of(schedule: Mapping[str, Any], default: Diffusion) -> Diffusion:
-    """The process that a scheduler's settings describe, where they do; its sampler's settings are passed over."""
+    """The process that a scheduler's settings describe, where they do; its sampler's settings are passed over.
+
+    ValueError for a process that `Diffusion` is not.
+    """
+    if schedule.get("trained_betas") is not None:
+        raise ValueError("scheduler_config.json has betas of its own (trained_betas), which are not supported")
     prediction = schedule.get("prediction_type", "epsilon")
     predictions: dict[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
     ends = default.beta_ends

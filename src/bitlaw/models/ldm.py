@@ -140,7 +140,10 @@ class LDM(DDPM):
             from bitlaw.models.networks.unet import class_settings  # slow to import
 
             net = {"settings": class_settings(file.metadata), "heads": options.get("heads")}
-            process = process_of(scheduler_config(file), process)
+            told = scheduler_config(file)
+            if "beta_end" in options:
+                told.pop("beta_end", None)
+            process = process_of(told, process)
         else:
             net = {
                 **ldm_settings(file, autoencoder, options.get("side"), options.get("heads")),
@@ -187,7 +190,10 @@ class LDM(DDPM):
         **options: Any,
     ) -> Self:
         """The model in a released file; see `config_of`, whose `heads` also say how q, k and v are fused in it."""
-        split = split_qkv(file.tensors, heads_rule(file.tensors, options.get("heads")))
+        try:
+            split = split_qkv(file.tensors, heads_rule(file.tensors, options.get("heads")))
+        except ValueError as error:
+            raise ValueError(f"{file.path.name}: {error}") from error
         return super().from_official(replace(file, tensors=split), autoencoder, dtype, **options)
 
     @classmethod

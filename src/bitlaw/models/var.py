@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder, VQTokenizer
 from bitlaw.models.generator import Extracted, ImageGenerator, Labels, Noise, Site, StepClock
-from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, to_official
+from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, official_buffers, to_official
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.guidance import guide, ramp
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
@@ -326,6 +326,10 @@ class VAR(ImageGenerator[VARState]):
     def to_tensors(self) -> dict[str, Tensor]:
         """Under official names, with q and v biases apart."""
         return to_official(self.net.state_dict())
+
+    def to_official_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With the buffers of the official class."""
+        return {**tensors, **official_buffers(self.net)}
 
 
 def _keep_at(keep_Bhw: Tensor, side: int) -> Tensor:

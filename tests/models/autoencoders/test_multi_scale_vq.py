@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitlaw.models.autoencoders.multi_scale_vq import GroupNorm, VQTokenizer, VQTokenizerConfig, phi_index
+from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig, phi_index
 from bitlaw.models.official import WeightsFile
+from bitlaw.models.parts.group_norm import GroupNorm
 from bitlaw.models.storage import load_tensors
 
 DATA = Path(__file__).parents[2] / "data"

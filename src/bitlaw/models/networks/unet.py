@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitlaw.models.generator import Site
 from bitlaw.models.parts.attention import attend
+from bitlaw.models.parts.group_norm import make_exact
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class UNet(nn.Module):
         self.unet: Any = config.network_class(**config.settings)
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.settings["cross_attention_dim"])
+        make_exact(self.unet)
         for module in self.unet.modules():
             if isinstance(module, Attention):
                 if config.heads is not None:

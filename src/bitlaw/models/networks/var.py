@@ -342,6 +342,17 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return official
 
 
+def official_buffers(net: VARTransformer) -> dict[str, Tensor]:
+    """The buffers that the official class has beside its parameters, which its strict loading asks for."""
+    config, stage_L = net.config, net.stage_L.cpu()
+    masked_LL = stage_L[:, None] < stage_L
+    buffers = {
+        "lvl_1L": stage_L[None].clone(),
+        "attn_bias_for_masking": torch.zeros(masked_LL.shape).masked_fill_(masked_LL, -torch.inf)[None, None],
+    }
+    return buffers | {f"blocks.{i}.attn.zero_k_bias": torch.zeros(config.width) for i in range(config.depth)}
+
+
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_official`; buffers that hold nothing are left out."""
     ours = {name: tensor for name, tensor in tensors.items() if not name.endswith((*IGNORED, "q_bias", "v_bias"))}
