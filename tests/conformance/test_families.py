@@ -229,7 +229,10 @@ def test_sites_are_all_linears_and_convolutions_and_their_uses_are_counted(model
     assert rows == {name: site.uses for name, site in sites.items()}
     numbers = {}  # of the blocks, in the order in which they run
     for site in model.sites():
-        transformer, unet = r"(?:(?:encoder|decoder)_)?(?:blocks|layers)\.\d+\.", r"unet\.(?:mid_block|\w+_blocks\.\d+)\."
+        transformer, unet = (
+            r"(?:(?:encoder|decoder)_)?(?:blocks|layers)\.\d+\.",
+            r"unet\.(?:mid_block|\w+_blocks\.\d+)\.",
+        )
         block = re.match(f"{transformer}|{unet}", site.name)
         assert site.phase == ("blocks" if block else site.phase)
         assert site.block == (numbers.setdefault(block.group(), len(numbers)) if block else None)
