@@ -30,7 +30,7 @@ VAR_RECIPES = {
     "xs": Recipe(steps=2400, lr=1e-2),
     "s": Recipe(steps=2400, lr=1e-2),
     "m": Recipe(steps=2200, lr=8e-3),
-    "l": Recipe(steps=2000, lr=6e-3),
+    "l": Recipe(steps=4000, lr=6e-3),
 }
 DIT_RECIPES = {
     "xs": Recipe(steps=6000, lr=1e-2),
