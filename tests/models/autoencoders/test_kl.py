@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitlaw.models.autoencoders import KLAutoencoder, autoencoder_config, open_autoencoder, restore_autoencoder
-from bitlaw.models.autoencoders.kl import diffusers_names, sizes_of
+from bitlaw.models.autoencoders.convolutional import diffusers_names, sizes_of
 from bitlaw.models.official import WeightsFile, read_weights
 
 DATA = Path(__file__).parents[2] / "data"
@@ -109,7 +109,7 @@ def test_keys_and_sizes_of_kl16():
     shapes = manifest()
     file = WeightsFile(Path("kl16.ckpt"), {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     assert KLAutoencoder.recognizes(file)
-    assert sizes_of(WeightsFile(file.path, diffusers_names(file))) == {
+    assert sizes_of(WeightsFile(file.path, diffusers_names(file)[0])) == {
         "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
         "up_block_types": ("UpDecoderBlock2D",) * 5,  # attention in the decoder's middle only
         "block_out_channels": (128, 128, 256, 256, 512),
@@ -120,7 +120,7 @@ def test_keys_and_sizes_of_kl16():
     }
     with torch.device("meta"):
         autoencoder = KLAutoencoder.from_config(
-            {"original_names": True, **sizes_of(WeightsFile(file.path, diffusers_names(file)))}
+            {"original_names": True, **sizes_of(WeightsFile(file.path, diffusers_names(file)[0]))}
         )
     assert {name: tuple(tensor.shape) for name, tensor in autoencoder.to_official().items()} == shapes
     assert sum(p.numel() for p in autoencoder.parameters()) == 66_456_019

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from bitlaw.models.autoencoders import autoencoder_config, open_autoencoder, restore_autoencoder
-from bitlaw.models.autoencoders.kl import sizes_of
+from bitlaw.models.autoencoders.convolutional import sizes_of
 from bitlaw.models.autoencoders.token_vq import USAGE, TokenVQ, modules_map
 from bitlaw.models.keymaps import to_ours
 from bitlaw.models.official import WeightsFile, read_weights
@@ -38,7 +38,7 @@ def close(actual, expected, atol):
 def test_encode(tokenizer, golden):
     x = from_uint8(golden["img_u8"])
     with torch.inference_mode():
-        close(tokenizer.vq.encoder(x), golden["enc_out"], 2e-4)  # of numbers up to 10
+        close(tokenizer.net.encoder(x), golden["enc_out"], 2e-4)  # of numbers up to 10
         close(tokenizer.encode(x), golden["z"], 5e-5)
         assert torch.equal(tokenizer.encode_to_tokens(x).flatten(), golden["indices"])
     assert golden["min_nn_gap"] > 1e-4  # so no token is a near tie
@@ -46,7 +46,7 @@ def test_encode(tokenizer, golden):
 
 def test_codes_are_of_unit_length_where_they_are_used(tokenizer, golden):
     tokens = golden["indices"].view(2, 64)
-    assert (tokenizer.vq.quantize.embedding.weight.norm(dim=1) - 1).abs().max() > 0.1
+    assert (tokenizer.net.quantize.embedding.weight.norm(dim=1) - 1).abs().max() > 0.1
     codes = tokenizer.embed(tokens)
     close(codes.norm(dim=1), torch.ones(2, 8, 8), 1e-6)
     close(codes, golden["codebook_entry"], 1e-6)
@@ -62,9 +62,9 @@ def test_codes_as_they_are_stored():
     plain.unit_codes = False
     again = restore_autoencoder(autoencoder_config(plain), plain.state_dict())
     assert not again.unit_codes
-    assert torch.equal(again.embed(torch.arange(4)[None])[0].flatten(1).T, again.vq.quantize.embedding.weight[:4])
+    assert torch.equal(again.embed(torch.arange(4)[None])[0].flatten(1).T, again.net.quantize.embedding.weight[:4])
     latents = 3 * again.embed(torch.arange(4)[None])
-    weight = again.vq.quantize.embedding.weight
+    weight = again.net.quantize.embedding.weight
     nearest = torch.cdist(3 * weight[:4].double(), weight.double()).argmin(1)
     assert torch.equal(again.nearest(latents)[0], nearest)
 
@@ -106,7 +106,7 @@ def test_official_keys_and_shapes_at_full_size(name, num_tensors, downsampling):
     config = {**sizes_of(WeightsFile(file.path, tensors)), "num_vq_embeddings": 16384, "vq_embed_dim": 8}
     with torch.device("meta"):
         tokenizer = TokenVQ.from_config(config)
-    assert {key: v.shape for key, v in tokenizer.vq.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
+    assert {key: v.shape for key, v in tokenizer.net.state_dict().items()} == {k: v.shape for k, v in tensors.items()}
     assert tokenizer.downsampling == downsampling
     assert {key: list(v.shape) for key, v in tokenizer.to_official().items()} == {k: v[0] for k, v in manifest.items()}
 

@@ -35,6 +35,10 @@ def test_tables(prefix, process):
     assert len(found) >= 2
     for name, expected in found.items():
         np.testing.assert_allclose(getattr(process, name).numpy(), expected, rtol=1e-9, atol=1e-15, err_msg=name)
+    if f"{prefix}_sqrt_recip_alphas_cumprod" in GOLDEN:  # the weights of x and of the noise in x_0
+        signal, sigma = process.signal.numpy(), process.sigma.numpy()
+        np.testing.assert_allclose(1 / signal, GOLDEN[f"{prefix}_sqrt_recip_alphas_cumprod"], rtol=1e-9)
+        np.testing.assert_allclose(sigma / signal, GOLDEN[f"{prefix}_sqrt_recipm1_alphas_cumprod"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("spec", [name.removeprefix("map_") for name in GOLDEN if name.startswith("map_")])

@@ -7,26 +7,22 @@ Legend: B images, Z latent channels, h x w latent positions, N = h w tokens, V v
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitlaw.models.autoencoders.autoencoder import Autoencoder
-from bitlaw.models.autoencoders.kl import sizes_of
+from bitlaw.models.autoencoders.convolutional import CodebookAutoencoder, sizes_of
 from bitlaw.models.keymaps import Modules, attention, resnet, to_ours, to_theirs
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import build
-
-if TYPE_CHECKING:
-    from diffusers import VQModel
 
 USAGE = "quantize.codebook_used"
 """A buffer of official files: which codes training has met lately."""
 
 
-class TokenVQ(Autoencoder):
+class TokenVQ(CodebookAutoencoder):
     """Images in [-1, 1] <-> latents <-> one token map, in row-major order.
 
     unit_codes: latents and codebook rows are scaled to unit length, as in all releases
@@ -34,35 +30,15 @@ class TokenVQ(Autoencoder):
 
     kind = "token-vq"
 
-    def __init__(self, vq: "VQModel", unit_codes: bool = True):
-        super().__init__()
-        self.vq, self.unit_codes = vq, unit_codes
-
-    @property
-    def latent_channels(self) -> int:
-        """Z, the width of the codebook."""
-        return int(self.vq.config.vq_embed_dim)
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return int(self.vq.config.num_vq_embeddings)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels a side that one token stands for."""
-        return int(2 ** (len(self.vq.config.block_out_channels) - 1))
+    def __init__(self, net: Any, unit_codes: bool = True):
+        super().__init__(net, original_names=True)
+        self.unit_codes = unit_codes
 
     @property
     def codebook_VZ(self) -> Tensor:
         """The codebook's rows as they are used."""
-        weight_VZ: Tensor = self.vq.quantize.embedding.weight
+        weight_VZ: Tensor = self.net.quantize.embedding.weight
         return F.normalize(weight_VZ, dim=-1) if self.unit_codes else weight_VZ
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Latents (B, Z, h, w) before quantization."""
-        latents_BZhw: Tensor = self.vq.encode(images_BCHW).latents
-        return latents_BZhw
 
     def nearest(self, latents_BZhw: Tensor) -> Tensor:
         """Tokens (B, N), int64: the codebook row of least distance to each latent, the first of equals."""
@@ -89,20 +65,17 @@ class TokenVQ(Autoencoder):
 
     def decode(self, latents_BZhw: Tensor) -> Tensor:
         """Images (B, 3, H, W) of quantized latents, not clamped."""
-        images_BCHW: Tensor = self.vq.decode(latents_BZhw, force_not_quantize=True).sample
+        images_BCHW: Tensor = self.net.decode(latents_BZhw, force_not_quantize=True).sample
         return images_BCHW
 
     def to_config(self) -> dict[str, Any]:
         """The sizes that diffusers' class takes, and how codes are used."""
-        return {"unit_codes": self.unit_codes, **{key: self.vq.config[key] for key in _SIZES}}
+        return {"unit_codes": self.unit_codes, **{key: self.net.config[key] for key in self.size_names}}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """A tokenizer of these sizes."""
-        from diffusers import VQModel  # slow to import
-
-        sizes = {key: tuple(v) if isinstance(v := config[key], list) else v for key in _SIZES}
-        return cls(VQModel(**sizes), config.get("unit_codes", True))
+        return cls(cls._make(cls._sizes(config)), config.get("unit_codes", True))
 
     @classmethod
     def recognizes(cls, file: WeightsFile) -> bool:
@@ -115,35 +88,15 @@ class TokenVQ(Autoencoder):
         num_levels = file.count(r"encoder\.conv_blocks\.(\d+)\.")
         num_blocks = file.count(r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
         tensors = to_ours({k: v for k, v in file.tensors.items() if k != USAGE}, modules_map(num_levels, num_blocks))
-        vocab_size, latent_channels = file.shape("quantize.embedding.weight")
-        config = {
-            **sizes_of(WeightsFile(file.path, tensors)),
-            "num_vq_embeddings": vocab_size,
-            "vq_embed_dim": latent_channels,
-            **sizes,
-        }
-        inside = {f"vq.{name}": tensor for name, tensor in tensors.items()}
+        config = {**sizes_of(WeightsFile(file.path, tensors)), **sizes}
+        inside = {f"net.{name}": tensor for name, tensor in tensors.items()}
         return build(lambda: cls.from_config(config), inside, f"{file.path.name}: tokenizer")
 
     def to_official(self) -> dict[str, Tensor]:
         """Under official names, with the usage buffer, without which the official code refuses a file."""
-        config = self.vq.config
+        config = self.net.config
         names = modules_map(len(config.block_out_channels), config.layers_per_block)
-        return {**to_theirs(self.vq.state_dict(), names), USAGE: torch.zeros(65536)}
-
-
-# The settings of diffusers' class that a checkpoint keeps.
-_SIZES = (
-    "down_block_types",
-    "up_block_types",
-    "block_out_channels",
-    "layers_per_block",
-    "latent_channels",
-    "norm_num_groups",
-    "mid_block_add_attention",
-    "num_vq_embeddings",
-    "vq_embed_dim",
-)
+        return {**to_theirs(self.net.state_dict(), names), USAGE: torch.zeros(65536)}
 
 
 def modules_map(num_levels: int, num_blocks: int) -> Modules:
