@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from bitlaw.cli import app
+
+DATA = Path(__file__).parent / "data"
 
 COMMANDS = [
     "study",
@@ -66,6 +69,46 @@ def test_evaluate_images_and_a_model(tmp_path: Path) -> None:
     assert scores["protocol"]["guidance"] >= 1
 
 
+def test_edit_draws_a_part_of_a_picture_anew(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save(tmp_path / "keep.png")
+    picture, out = str(tmp_path / "picture.png"), str(tmp_path / "edited.npz")
+    run("edit", "ladder/var-xs", picture, "--box", "0,0,24,24", "--label", "star", "--count", "3", "--out", out)
+    anew = np.load(out)["arr_0"]
+    run("edit", "ladder/var-xs", picture, "--keep", str(tmp_path / "keep.png"), "--label", "star", "--out", out)
+    half = np.load(out)["arr_0"]
+    assert anew.shape == (3, 24, 24, 3) and half.shape == (4, 24, 24, 3)
+    spread = half.astype(float).std(0).mean((0, 2))  # of the versions, for each column
+    assert spread[18:].mean() < spread[:6].mean() and anew.astype(float).std(0).mean() > 1
+    run("edit", "ladder/var-xs", picture, "--box", "0,0,9,9", "--out", str(tmp_path / "edited.png"))
+    assert (tmp_path / "edited.png").stat().st_size > 500
+
+
+def test_released_files_are_described_drawn_and_written_back(tmp_path: Path) -> None:
+    network, tokenizer = str(DATA / "var_d2.fp16.safetensors"), str(DATA / "vae_small.fp16.safetensors")
+    described = json.loads(run("info", network, "--json"))
+    assert (described["family"], described["size"]) == ("var", None)
+    assert json.loads(run("info", tokenizer, "--json"))["kind"] == "multi-scale-vq"
+    out = str(tmp_path / "images.npz")
+    arguments = ("--tokenizer", tokenizer, "--recipe", "paper", "--sampling", "top_k=1", "--out", out)
+    run("generate", network, "--labels", "3,-1", *arguments)
+    assert np.load(out)["arr_0"].shape == (2, 96, 96, 3)
+    printed = run("export", network, "--out", str(tmp_path / "again.pth"))
+    assert "bytes" in printed
+    run("generate", str(tmp_path / "again.pth"), "--labels", "3,-1", *arguments[:-1], str(tmp_path / "b.npz"))
+    assert np.array_equal(np.load(tmp_path / "b.npz")["arr_0"], np.load(out)["arr_0"])
+
+
+def test_models_lists_every_family_with_files_that_are_not_cut() -> None:
+    printed = run("models")
+    for name in ("var_d30.pth", "c2i_3B_384.pt", "DiT-XL-2-512x512.pt", "google/ddpm-cifar10-32", "ladder/var-l"):
+        assert name in printed
+    assert "ladder/dit-l" not in run("models", "--family", "mar")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +123,8 @@ def test_evaluate_images_and_a_model(tmp_path: Path) -> None:
         (["generate", "ladder/var-xs", "--sampling", "top_k"], "expected name=value"),
         (["generate", "ladder/var-xs", "--sampling", "topk=3"], "did you mean top_k"),
         (["generate", "ladder/var-xs", "--tokenizer", "x.pth"], "says itself what tokenizer would"),
+        (["generate", "ladder/var-xs", "--guidance", "nan"], "guidance nan: must be 0 or more"),
+        (["edit", "ladder/var-xs", "x.png", "--box", "0,0,25,2"], "not an image"),
         (["edit", "ladder/dit-xs", "x.png", "--box", "0,0,2,2"], "only a VAR edits"),
         (["export", "ladder/var-xs", "--to", "gguf", "--out", "x.pth"], "unknown format 'gguf'"),
         (["models", "--family", "vra"], "did you mean var"),

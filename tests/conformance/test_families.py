@@ -120,6 +120,12 @@ TINY = {
     "ldm": tiny_ldm,
     "ldm-of-classes": tiny_ldm_of_classes,
 }
+# A transformer's, the blocks of MAR's head, a UNet's.
+BLOCKS = (
+    r"(?:(?:encoder|decoder)_)?(?:blocks|layers)\.\d+\.",
+    r"diffloss\.net\.res_blocks\.\d+\.",
+    r"unet\.(?:mid_block|\w+_blocks\.\d+)\.",
+)
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
 
 
@@ -229,11 +235,7 @@ def test_sites_are_all_linears_and_convolutions_and_their_uses_are_counted(model
     assert rows == {name: site.uses for name, site in sites.items()}
     numbers = {}  # of the blocks, in the order in which they run
     for site in model.sites():
-        transformer, unet = (
-            r"(?:(?:encoder|decoder)_)?(?:blocks|layers)\.\d+\.",
-            r"unet\.(?:mid_block|\w+_blocks\.\d+)\.",
-        )
-        block = re.match(f"{transformer}|{unet}", site.name)
+        block = re.match("|".join(BLOCKS), site.name)
         assert site.phase == ("blocks" if block else site.phase)
         assert site.block == (numbers.setdefault(block.group(), len(numbers)) if block else None)
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitlaw.metrics.samples import image_grid, read_samples, write_grid, write_samples
+from bitlaw.metrics.samples import image_grid, read_mask, read_samples, read_square, write_grid, write_samples
 
 
 def images(num: int = 5, height: int = 4, width: int = 6) -> Tensor:
@@ -101,3 +101,19 @@ def test_grid(tmp_path: Path) -> None:
 def test_wrong_labels() -> None:
     with pytest.raises(ValueError, match="5 images but labels of shape"):
         write_samples("never-written.npz", images(), labels_B=torch.arange(4))
+
+
+def test_a_picture_is_cropped_to_its_middle_and_a_mask_is_what_is_bright(tmp_path):
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, 10:20], pixels[:, 20:30] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    square = read_square(tmp_path / "wide.png", 10)
+    assert square.shape == (3, 10, 10) and square.dtype == torch.uint8
+    assert (square[0, :, :3] > 250).all() and (square[2, :, 7:] > 250).all() and not square[1].any()
+    mask = np.zeros((20, 40), dtype=np.uint8)
+    mask[:10] = 200
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    keep = read_mask(tmp_path / "mask.png", 8)
+    assert keep.dtype == torch.bool and keep[:4].all() and not keep[4:].any()
+    with pytest.raises(ValueError, match=r"nowhere\.png"):
+        read_square(tmp_path / "nowhere.png", 8)

@@ -256,7 +256,7 @@ def test_recipes_are_those_of_the_sizes():
 
 def test_sampler_settings_that_make_no_sense_are_refused(model):
     for wrong, message in (
-        ({"guidance": 0.5}, "guidance 0.5: LlamaGen's is at least 1"),
+        ({"guidance": 0.5}, "guidance 0.5: must be 1 or more"),
         ({"temperature": -1.0}, "temperature -1"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_p": 1.5}, "top_p 1.5"),

@@ -109,8 +109,7 @@ def models(
                 table.add_row(
                     builtin.rpartition("-")[2],
                     _millions(parameters),
-                    str(len(model.sites()) - convolutions),
-                    str(convolutions),
+                    _layers(len(model.sites()) - convolutions, convolutions),
                     str(model.image_size),
                     "",
                     "",
@@ -121,30 +120,40 @@ def models(
                 table.add_row(
                     release.size,
                     _millions(release.parameters),
-                    str(release.num_linears),
-                    str(release.num_convolutions),
+                    _layers(release.num_linears, release.num_convolutions),
                     str(release.image_size),
                     "" if release.fid is None else f"{release.fid:.2f}",
                     "" if release.inception_score is None else f"{release.inception_score:.1f}",
                     "\n".join(release.files),
                 )
         out_console.print(table)
-    out_console.print("Published scores: full precision, 50,000 images, recipe 'paper'.", highlight=False)
+    out_console.print(
+        "layers: linear + convolution, that may be quantized. Scores: published, full precision, 50,000 images, "
+        "recipe 'paper'.",
+        highlight=False,
+    )
 
 
 def _models_table(title: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="")
+    # Narrow, so that names are whole on a terminal of 80 columns.
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("size")
-    for column in ("params", "linear", "conv", "px", "FID", "IS"):
+    for column in ("params", "layers", "px", "FID", "IS"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("file, or name", overflow="fold")
     return table
 
 
 def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:,.{1 if parameters > 1e7 else 2}f} M"
+    return f"{parameters / 1e6:,.{0 if parameters > 1e7 else 2}f} M"
+
+
+def _layers(num_linears: int, num_convolutions: int) -> str:
+    """Layers that may be quantized: linears, and convolutions where there are some."""
+    return f"{num_linears}+{num_convolutions}" if num_convolutions else str(num_linears)
 
 
 @app.command(epilog="Example: `bitlaw export var-d16-w4 --to official --out var_d16_w4.pth` writes dequantized weights")

@@ -3,7 +3,6 @@
 Legend: B images, C channels and H = W side of the latent, O output channels.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -24,7 +23,7 @@ from bitlaw.models.networks.dit import (
 )
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.diffusion import Diffusion, Losses
-from bitlaw.models.parts.guidance import guide_channels
+from bitlaw.models.parts.guidance import check_guidance, guide_channels
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build
 from bitlaw.names import unknown_name
@@ -56,8 +55,7 @@ class DiTSampling:
             raise ValueError(f"sampler '{self.sampler}': must be ddpm or ddim")
         if self.spacing not in ("even", "stride"):
             raise ValueError(f"spacing '{self.spacing}': must be even or stride")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance {self.guidance}: must be 0 (no class) or more; 1 is the model as it is")
+        check_guidance(self.guidance)
         if self.guided_channels == "all":
             object.__setattr__(self, "guided_channels", None)
         if not 0 <= self.eta <= 1:
@@ -227,14 +225,6 @@ class DiT(ImageGenerator[DiTState]):
         epsilon_BCHW = noise.normal(0, x0_BCHW.shape[1:])
         output = self.net(self.process.add_noise(x0_BCHW, t_B, epsilon_BCHW), t_B, labels_B)
         return self.process.losses(output, x0_BCHW, t_B, epsilon_BCHW)
-
-    @property
-    def latent_codec(self) -> Autoencoder:
-        """Its autoencoder. ValueError if the model was loaded without."""
-        if self.autoencoder is None:
-            wanted = self.autoencoder_names[0]
-            raise ValueError(f"this {self.family} was loaded without its autoencoder ({wanted}), which this needs")
-        return self.autoencoder
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

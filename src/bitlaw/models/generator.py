@@ -364,6 +364,14 @@ class ImageGenerator(ABC, Generic[StateT]):
         """
         write_model(directory, *self.to_checkpoint(), self.net, self.storage_dtype, self.provenance)
 
+    @property
+    def latent_codec(self) -> Autoencoder:
+        """Its autoencoder. ValueError if the model was loaded without."""
+        if self.autoencoder is None:
+            wanted = self.autoencoder_names[0]
+            raise ValueError(f"this {self.family} was loaded without its autoencoder ({wanted}), which this needs")
+        return self.autoencoder
+
     def check_labels(self, labels: Labels) -> Tensor:
         """`labels` as an int64 tensor on the model's device.
 

@@ -97,13 +97,6 @@ class LDM(DDPM):
         """Latents of images in [-1, 1]: not quantized, and the mean where the autoencoder gives a distribution."""
         return self.latent_codec.encode(images_BCHW) * self.latent_scale
 
-    @property
-    def latent_codec(self) -> Autoencoder:
-        """Its autoencoder. ValueError if the model was loaded without."""
-        if self.autoencoder is None:
-            raise ValueError("this ldm was loaded without its autoencoder (the first stage), which this needs")
-        return self.autoencoder
-
     # ---- checkpoints -----------------------------------------------------------------------------
 
     @classmethod

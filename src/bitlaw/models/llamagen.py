@@ -17,7 +17,7 @@ from bitlaw.models.autoencoders.token_vq import TokenVQ
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.networks.llamagen import LlamaGenConfig, LlamaGenTransformer, Memory, TextEmbedding
 from bitlaw.models.official import WeightsFile
-from bitlaw.models.parts.guidance import guide
+from bitlaw.models.parts.guidance import check_guidance, guide
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.parts.sampling import draw, filter_nucleus
 from bitlaw.models.storage import build
@@ -51,8 +51,7 @@ class LlamaGenSampling:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        if self.guidance < 1:
-            raise ValueError(f"guidance {self.guidance:g}: LlamaGen's is at least 1, which is off")
+        check_guidance(self.guidance, least=1)  # the official sampler knows no less
         if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature:g}: must not be negative")
         if self.top_k < 0 or not 0 <= self.top_p <= 1:

@@ -23,7 +23,7 @@ from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, Step
 from bitlaw.models.networks.mar import MARConfig, MARTransformer, visible_positions
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.diffusion import Diffusion, Losses
-from bitlaw.models.parts.guidance import guide_channels
+from bitlaw.models.parts.guidance import check_guidance, guide_channels
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build
 from bitlaw.names import unknown_name
@@ -60,6 +60,7 @@ class MARSampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_steps", str(self.head_steps))
+        check_guidance(self.guidance)
         if self.schedule not in ("linear", "constant"):
             raise ValueError(f"guidance schedule '{self.schedule}': must be linear or constant")
         if self.num_steps < 1:
@@ -84,7 +85,7 @@ class MAR(ImageGenerator[MARState]):
     """A masked autoregressive transformer with its diffusion head and autoencoder. A step reveals a few tokens."""
 
     family = "mar"
-    autoencoder_names = ("kl16.ckpt",)
+    autoencoder_names = ("kl16.ckpt", "../../vae/kl16.ckpt")
     official_wrapper = "model_ema"
     net: MARTransformer
 
@@ -147,7 +148,10 @@ class MAR(ImageGenerator[MARState]):
         return 1 + (self.sampling.guidance - 1) * revealed / length
 
     def sites(self) -> list[Site]:
-        """Every linear, in order of execution. Timesteps are embedded once a step, conditions once a token."""
+        """Every linear, in order of execution. Timesteps are embedded once a step, conditions once a token.
+
+        The head's blocks are numbered after those of the transformer: they, too, are quantized where nothing is said.
+        """
         config, head = self.net.config, "diffloss.net"
         length, buffer, steps = config.num_tokens, config.buffer_size, self.num_steps
         visible = sum(length - hidden for hidden in self.hidden_counts[:-1])
@@ -176,10 +180,11 @@ class MAR(ImageGenerator[MARState]):
             Site(f"{head}.input_proj", "embed", None, "head", denoised),
         ]
         for i in range(config.head_depth):
+            index = config.encoder_depth + config.decoder_depth + i
             sites += [
-                Site(f"{head}.res_blocks.{i}.adaLN_modulation.1", "adaln", None, "head", denoised),
-                Site(f"{head}.res_blocks.{i}.mlp.0", "fc1", None, "head", denoised),
-                Site(f"{head}.res_blocks.{i}.mlp.2", "fc2", None, "head", denoised),
+                Site(f"{head}.res_blocks.{i}.adaLN_modulation.1", "adaln", index, "blocks", denoised),
+                Site(f"{head}.res_blocks.{i}.mlp.0", "fc1", index, "blocks", denoised),
+                Site(f"{head}.res_blocks.{i}.mlp.2", "fc2", index, "blocks", denoised),
             ]
         return [
             *sites,
@@ -283,14 +288,6 @@ class MAR(ImageGenerator[MARState]):
         """The head's training losses of each token (M,), under given conditions; gradients reach both networks."""
         output = self.net.head(PROCESS.add_noise(x0_MC, t_M, noise_MC), t_M, z_MD)
         return PROCESS.losses(output, x0_MC, t_M, noise_MC)
-
-    @property
-    def latent_codec(self) -> Autoencoder:
-        """Its autoencoder. ValueError if the model was loaded without."""
-        if self.autoencoder is None:
-            wanted = self.autoencoder_names[0]
-            raise ValueError(f"this {self.family} was loaded without its autoencoder ({wanted}), which this needs")
-        return self.autoencoder
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from bitlaw.models.autoencoders import Autoencoder, VQTokenizer
 from bitlaw.models.generator import Extracted, ImageGenerator, Labels, Noise, Site, StepClock
 from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, official_buffers, to_official
 from bitlaw.models.official import WeightsFile
-from bitlaw.models.parts.guidance import guide, ramp
+from bitlaw.models.parts.guidance import check_guidance, guide, ramp
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.parts.sampling import draw, filter_logits, soft_embedding
 from bitlaw.models.storage import build
@@ -37,6 +37,11 @@ class VARSampling:
     top_p: float = 0.96
     more_smooth: bool = False
     rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance)
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_k {self.top_k}, top_p {self.top_p:g}: top_k is at least 0, top_p from 0 to 1")
 
 
 class Given(NamedTuple):

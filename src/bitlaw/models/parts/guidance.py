@@ -3,8 +3,16 @@
 Legend: B images; further dimensions are free.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def check_guidance(guidance: float, least: float = 0.0) -> None:
+    """ValueError for a w that means nothing: below 0, which is the unconditional model, or no number."""
+    if not (math.isfinite(guidance) and guidance >= least):
+        raise ValueError(f"guidance {guidance:g}: must be {least:g} or more; 1 is the model as it is")
 
 
 def guide(cond_B: Tensor, uncond_B: Tensor, guidance: float) -> Tensor:
