@@ -5,9 +5,6 @@ import torch
 from test_families import TINY, labels_of
 
 import bitlaw
-from bitlaw.metrics.evaluation import Reference, evaluate
-from bitlaw.metrics.features import Features
-from bitlaw.metrics.fid import FeatureStatistics
 from bitlaw.models.export import export_official
 
 # What shapes do not tell of models this small.
@@ -24,18 +21,8 @@ STEPS = {"num_steps": 4}
 FEWER_STEPS = {"var": {}, "llamagen": {}, "mar": {**STEPS, "head_steps": "ddim4"}}
 
 
-class MeanColours:
-    """A feature network of four numbers."""
-
-    name, fingerprint = "mean colours", "0" * 16
-
-    def __call__(self, images_BCHW):
-        x = images_BCHW.float().flatten(2) / 255
-        return Features(torch.cat([x.mean(2), x.std((1, 2))[:, None]], 1))
-
-
 @pytest.mark.parametrize("name", TINY)
-def test_from_the_released_file_to_a_score(name, tmp_path):
+def test_from_the_released_file_to_a_score(name, tmp_path, fd_to_noise):
     torch.manual_seed(0)
     model = TINY[name]()
     if name.startswith("ldm"):
@@ -66,7 +53,9 @@ def test_from_the_released_file_to_a_score(name, tmp_path):
     again = bitlaw.load(tmp_path / "small")
     assert torch.equal(again.generate(labels, seed=1), drawn)
 
-    real = torch.randint(256, (32, 3, model.image_size, model.image_size), dtype=torch.uint8)
-    reference = Reference("noise", FeatureStatistics.of(MeanColours()(real).pooled_BD))
-    score = evaluate(again, reference, num_samples=12, seed=1, features=MeanColours())["fd"]
+    score = fd_to_noise(again)
     assert score.value > 0 and score.protocol.num_images == 12 and score.protocol.sampler == again.sampler_name
+    assert score.protocol.recipe == ""
+    if name == "var":  # the others' take hundreds of steps
+        paper = fd_to_noise(again, recipe="paper").protocol
+        assert (paper.recipe, paper.guidance, paper.sampler) == ("paper", 2.5, "top_k=900 top_p=0.96")

@@ -443,7 +443,7 @@ def test_images_are_those_of_the_codes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantized_round_trip(kind, tmp_path):
+def test_quantized_round_trip(kind, tmp_path, fd_to_noise):
     path, _, _ = lightning(kind, tmp_path)
     model = bitlaw.load(path, side=8).with_sampling(num_steps=4)
     images = model.generate([0, 0], seed=1)
@@ -453,6 +453,7 @@ def test_quantized_round_trip(kind, tmp_path):
     assert torch.equal(again.generate([0, 0], seed=1), small.generate([0, 0], seed=1))
     assert not torch.equal(again.generate([0, 0], seed=1), images)
     assert again.latent_scale == model.latent_scale and again.recipes == model.recipes
+    assert fd_to_noise(again).value > 0
     short = bitlaw.load(path, side=8, dtype="bfloat16").with_sampling(num_steps=4)
     features = [next(rollout(m, torch.zeros(1).long(), Noise(0, [0]))).extracted.features for m in (model, short)]
     assert 0 < (features[0] - features[1]).abs().max() < 0.1 * features[0].abs().max()

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import bitlaw
 from bitlaw.engine import LocalEngine
+from bitlaw.models.export import export_official
 from bitlaw.scaling.points import read_points, write_points
 from bitlaw.scaling.records import Cell, Record, StudyDirectory
 from bitlaw.scaling.sweep import Study, estimate, missing_cells, open_study, run_cell, run_study
+
+DATA = Path(__file__).parents[1] / "data"
+VAR_FILE, TOKENIZER_FILE = str(DATA / "var_d2.fp16.safetensors"), str(DATA / "vae_small.fp16.safetensors")
 
 SMALL = Study(
     name="small",
@@ -170,3 +176,35 @@ def test_a_full_disk_loses_nothing(undisturbed: Path, tmp_path: Path, monkeypatc
     assert here.samples(record.cell).read_bytes() == b"picture"
     files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert files == [f"{record.cell.stem}.json", f"{record.cell.stem}.png"]
+
+
+def test_a_study_of_released_files_under_a_recipe(tmp_path: Path) -> None:
+    """A ladder model as an official file: the same images and scores, but for the name."""
+    model = bitlaw.load("ladder/var-xs")
+    export_official(model, tmp_path / "var-xs.pth")
+    torch.save(model.tokenizer.to_official(), tmp_path / "tokenizer.pth")
+    shared = {
+        "precisions": ("W16A16", "W4A16"),
+        "num_images": 80,
+        "num_validation": 16,
+        "sampling": {"recipe": "paper"},
+    }
+    options = {"tokenizer": str(tmp_path / "tokenizer.pth"), "patch_nums": [1, 2, 3, 4, 6]}
+    released = Study(name="released", models=(str(tmp_path / "var-xs.pth"),), options=options, **shared)
+    builtin = Study(name="builtin", models=("ladder/var-xs",), **shared)
+    released.check()
+    scores = []
+    for study in (released, builtin):
+        directory = open_study(study, tmp_path / study.name)
+        for cell in study.cells():
+            result = run_cell(cell)
+            directory.write(result.record, result.samples_png)
+        assert not missing_cells(study, directory)  # records are found again by their settings
+        assert {record.protocol["recipe"] for record in directory.records()} == {"paper"}
+        scores.append([record.metrics for record in directory.records()])
+    assert scores[0] == scores[1]
+
+
+def test_validation_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="draws 96 px, and the validation images are the ladder's of 24 px"):
+        Study(name="x", models=(VAR_FILE,), precisions=("W16A16",), options={"tokenizer": TOKENIZER_FILE}).check()

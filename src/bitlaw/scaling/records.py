@@ -52,8 +52,13 @@ class Cell:
         """The cell of a configuration; keys that are results, not settings, are left out."""
         known = {f.name for f in fields(cls)}
         settings = {k: v for k, v in config.items() if k in known}
-        pairs = {key: tuple(sorted(settings.get(key, {}).items())) for key in ("sampling", "options")}
+        pairs = {key: as_pairs(settings.get(key, {})) for key in ("sampling", "options")}
         return cls(**{**settings, **pairs})
+
+
+def as_pairs(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Settings as a cell has them: in order, and with tuples for lists, so that they can be compared and hashed."""
+    return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(settings.items()))
 
 
 @dataclass

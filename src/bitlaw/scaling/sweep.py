@@ -39,7 +39,7 @@ from bitlaw.models.loading import load
 from bitlaw.names import lookup
 from bitlaw.precision import Precision
 from bitlaw.scaling.bits import count_bits
-from bitlaw.scaling.records import SAMPLE_TILES, Cell, Record, StudyDirectory
+from bitlaw.scaling.records import SAMPLE_TILES, Cell, Record, StudyDirectory, as_pairs
 
 LADDER_SIZES = ("xs", "s", "m", "l")
 
@@ -82,8 +82,8 @@ class Study:
                 self.protect,
                 self.reference,
                 self.features,
-                tuple(sorted(self.sampling.items())),
-                tuple(sorted(self.options.items())),
+                as_pairs(self.sampling),
+                as_pairs(self.options),
             )
             cells[cell] = None
         return list(cells)
