@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bitlaw.linear import Linear
 from bitlaw.models.official import WeightsFile
-from bitlaw.models.parts.attention import attend
 from bitlaw.models.parts.gelu import gelu_tanh
+from bitlaw.models.parts.transformer import MLP, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -224,46 +224,13 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(y_B)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. `quant_q`, `quant_k`, `quant_v` see the operands, (R, heads, T, D / heads)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-        self.quant_q: nn.Module = nn.Identity()
-        self.quant_k: nn.Module = nn.Identity()
-        self.quant_v: nn.Module = nn.Identity()
-
-    def forward(self, x_RTD: Tensor) -> Tensor:
-        """(R, T, D) -> (R, T, D)."""
-        batch, tokens, width = x_RTD.shape
-        q, k, v = self.qkv(x_RTD).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = self.quant_q(q), self.quant_k(k), self.quant_v(v)
-        return self.proj(attend(q, k, v, (width // self.heads) ** -0.5))
-
-
-class MLP(nn.Module):
-    """Two linears with the tanh approximation of GELU between them."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x_RTD: Tensor) -> Tensor:
-        """(R, T, D) -> (R, T, D)."""
-        return self.fc2(gelu_tanh(self.fc1(x_RTD)))
-
-
 class Block(nn.Module):
     """Transformer block; shift, scale and gate of both branches come from the condition (adaLN-zero)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.attn = Attention(config.width, config.heads)
-        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        self.attn = SelfAttention(config.width, config.heads)
+        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio), gelu_tanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
 
     def forward(self, h_RTD: Tensor, silu_KD: Tensor, row_R: Tensor) -> Tensor:

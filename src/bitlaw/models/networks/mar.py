@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bitlaw.linear import Linear
 from bitlaw.models.networks.dit import TimestepEmbed
-from bitlaw.models.parts.attention import attend
+from bitlaw.models.parts.transformer import MLP, SelfAttention
 
 NORM_EPS = 1e-6
 
@@ -196,42 +196,6 @@ def for_both_halves(x_B: Tensor, rows: int) -> Tensor:
     return x_B if len(x_B) == rows else torch.cat([x_B, x_B])
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. `quant_q`, `quant_k`, `quant_v` see the operands, (R, H, T, d)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-        self.quant_q: nn.Module = nn.Identity()
-        self.quant_k: nn.Module = nn.Identity()
-        self.quant_v: nn.Module = nn.Identity()
-
-    def forward(self, x_RTD: Tensor, queries_RP: Tensor | None = None) -> Tensor:
-        """(R, T, D) -> (R, T, D), or (R, P, D) for the tokens that `queries_RP` names."""
-        rows, length, width = x_RTD.shape
-        d = width // self.heads
-        q, k, v = self.qkv(x_RTD).view(rows, length, 3, self.heads, d).permute(2, 0, 3, 1, 4)
-        if queries_RP is not None:
-            q = q.gather(2, queries_RP[:, None, :, None].expand(-1, self.heads, -1, d))
-        q, k, v = self.quant_q(q), self.quant_k(k), self.quant_v(v)
-        return self.proj(attend(q, k, v, d**-0.5))
-
-
-class MLP(nn.Module):
-    """Two linears with GELU, the exact one, between them."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x_RTD: Tensor) -> Tensor:
-        """(R, T, D) -> (R, T, D)."""
-        return self.fc2(F.gelu(self.fc1(x_RTD)))
-
-
 class Block(nn.Module):
     """Transformer block with normalisation before each branch."""
 
@@ -239,9 +203,9 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, config.heads)
+        self.attn = SelfAttention(width, config.heads)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = MLP(width, round(width * config.mlp_ratio))
+        self.mlp = MLP(width, round(width * config.mlp_ratio), F.gelu)
 
     def forward(self, x_RTD: Tensor, queries_RP: Tensor | None = None) -> Tensor:
         """(R, T, D) -> (R, T, D), or (R, P, D) for the tokens that `queries_RP` names."""
