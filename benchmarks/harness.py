@@ -13,8 +13,11 @@ import os
 import platform
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -89,6 +92,44 @@ def official_arguments(description: str | None, name: str, rounds: int) -> argpa
         parser.error(f"no such folder: {', '.join(missing)}")
     sys.path[:0] = [str(folder) for folder in options.official]
     return options
+
+
+def stub_torchvision() -> None:
+    """Let `import torchvision` succeed where there is none, with every module and name, none of which works.
+
+    For official code, and timm, that import it for what is not used here. Import what asks whether there is a
+    torchvision (diffusers) before this.
+    """
+    sys.meta_path.append(_TorchvisionStub())
+
+
+class _Anything(type):
+    """A class that has every attribute, each such a class again."""
+
+    def __getattr__(cls, name: str) -> type:
+        return _anything(name)
+
+
+def _anything(name: str) -> type:
+    """Such a class; AttributeError for the names that Python asks for by itself."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Anything(name, (), {})
+
+
+class _TorchvisionStub(MetaPathFinder, Loader):
+    """Finds torchvision and all its modules, with anything in them."""
+
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _anything
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
 
 
 def _parser(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:

@@ -27,8 +27,7 @@ import bitlaw.linear
 from bitlaw.models.dit import DiT
 from bitlaw.models.generator import Noise, rollout
 from bitlaw.models.official import WeightsFile
-from harness import compare, finish, official_arguments, one_thread
-from official_mar import Stub
+from harness import compare, finish, official_arguments, one_thread, stub_torchvision
 
 DEPTH, WIDTH, HEADS = 2, 1152, 16
 NUM_STEPS, GUIDANCE = 20, 1.5
@@ -48,9 +47,7 @@ class GivenNoise(Noise):
 
 def official_network() -> Any:
     """The official network, with weights at which every branch is awake."""
-    sys.meta_path.append(
-        Stub()
-    )  # timm imports torchvision, and nothing here uses it; after diffusers, which asks for it
+    stub_torchvision()  # after diffusers was imported, which asks whether there is one
     from models import DiT as OfficialDiT
 
     net = OfficialDiT(depth=DEPTH, hidden_size=WIDTH, num_heads=HEADS)

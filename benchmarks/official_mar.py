@@ -15,12 +15,9 @@ torchvision for nothing that is used here; the one is made to do nothing, the ot
 """
 
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +29,7 @@ import bitlaw.linear
 from bitlaw.models.generator import Noise, rollout
 from bitlaw.models.mar import MAR, MARSampling
 from bitlaw.models.networks.mar import MARConfig, MARTransformer
-from harness import compare, finish, official_arguments, one_thread
+from harness import compare, finish, official_arguments, one_thread, stub_torchvision
 
 MKL = "bitlaw, products by MKL"
 DEPTH, NUM_STEPS = 6, 8
@@ -40,35 +37,6 @@ HEAD_STEPS = "ddim10"  # not "10", whose first step multiplies random weights' o
 TRANSFORMER = {"embed_dim": 768, "depth": DEPTH, "num_heads": 12}
 IMAGES = ((1, 2.9), (2, 1.0))  # batch, guidance
 TOKENS = ((1, 2.9), (8, 2.9), (1, 1.0))  # tokens, guidance
-
-
-class Anything(type):
-    """A class that has every attribute, each such a class again."""
-
-    def __getattr__(cls, name: str) -> type:
-        return anything(name)
-
-
-def anything(name: str) -> type:
-    """Such a class; AttributeError for the names that Python asks for by itself."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Anything(name, (), {})
-
-
-class Stub(MetaPathFinder, Loader):
-    """Finds torchvision and all its modules, with anything in them."""
-
-    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == "torchvision" else None
-
-    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = anything
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
 
 
 def random_model() -> MAR:
@@ -158,7 +126,7 @@ def main() -> int:
     """Compare images with and without guidance, then the head alone at full size."""
     one_thread()
     options = official_arguments(__doc__, "official_mar", rounds=5)
-    sys.meta_path.insert(0, Stub())
+    stub_torchvision()
     Tensor.cuda = lambda self, *_, **__: self
     model = random_model()
     official = official_model(model)

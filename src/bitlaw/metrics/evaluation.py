@@ -3,6 +3,7 @@
 Legend: N images, B images of a batch, C classes, D features, S spatial features, M reference images.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +26,7 @@ from bitlaw.models.generator import ImageGenerator, Labels, Noise
 LADDER_REFERENCE = "reference.npz"
 RECONSTRUCTION_PREFIX = "reconstruction_"
 NORMAL_95 = 1.959964
+FEATURE_BATCH = 250  # images that go through a feature network together
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,47 @@ def cyclic_labels(num_images: int, num_classes: int) -> Tensor:
     return torch.arange(num_images) % num_classes
 
 
+def draw_features(
+    model: ImageGenerator[Any],
+    network: FeatureNetwork,
+    labels: Labels,
+    seed: int,
+    *,
+    batch_size: int = 64,
+    num_kept: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Features, Tensor]:
+    """The features of a model's images, and the first `num_kept` images, which alone are kept.
+
+    Images are drawn a few thousand at a time, as many as make whole batches of drawing and of features: 50,000 images
+    of 512 pixels would take 40 GB, and these are the same features.
+    """
+    at_a_time = math.lcm(batch_size, FEATURE_BATCH)
+    drawn, kept = [], []
+    for begin in range(0, len(labels), at_a_time):
+        part = labels[begin : begin + at_a_time]
+        images = model.generate(part, seed, batch_size=batch_size, first_image=begin, progress=progress)
+        drawn.append(_collect(network, images))
+        kept.append(images[: max(0, num_kept - begin)])
+    return _joined(drawn), torch.cat(kept)
+
+
 def score_images(
     images_NCHW: Tensor, network: FeatureNetwork, reference: Reference, family: str | None = None
 ) -> dict[str, tuple[float, Interval | None]]:
-    """Every metric that the network and the reference allow: name -> (value, 95 % interval or None).
+    """`score_features` of images that are there."""
+    return score_features(_collect(network, images_NCHW), reference, family)
+
+
+def score_features(
+    features: Features, reference: Reference, family: str | None = None
+) -> dict[str, tuple[float, Interval | None]]:
+    """Every metric that the features and the reference allow: name -> (value, 95 % interval or None).
 
     fd, sfd: Fréchet distances; fd_reconstruction: to the family's own reconstructions of real images; is; kid;
     precision and recall. sfd is left out where images are too few for its wider covariance.
     ValueError if there are too few images for a covariance of the network's width.
     """
-    features = _collect(network, images_NCHW)
     scores: dict[str, tuple[float, Interval | None]] = {}
 
     def add_distance(name: str, features_ND: Tensor, statistics: FeatureStatistics) -> None:
@@ -207,16 +240,19 @@ def evaluate(
         labels, named = [prompts[i % len(prompts)] for i in range(num_samples)], f"{len(prompts)} prompts"
     else:
         raise ValueError(f"this {model.family} draws from text: give prompts")
-    images = model.generate(labels, seed, batch_size=batch_size, progress=progress)
+    drawn, _ = draw_features(model, network, labels, seed, batch_size=batch_size, progress=progress)
     protocol = protocol_of(model, num_samples, seed, network, target, named)
     return {
         name: Score(name, value, interval, protocol)
-        for name, (value, interval) in score_images(images, network, target, model.family).items()
+        for name, (value, interval) in score_features(drawn, target, model.family).items()
     }
 
 
 def _collect(network: FeatureNetwork, images_NCHW: Tensor) -> Features:
-    batches = list(extract_features(network, images_NCHW))
+    return _joined(list(extract_features(network, images_NCHW, FEATURE_BATCH)))
+
+
+def _joined(batches: Sequence[Features]) -> Features:
     spatial = [b.spatial_BS for b in batches if b.spatial_BS is not None]
     logprobs = [b.logprobs_BC for b in batches if b.logprobs_BC is not None]
     return Features(

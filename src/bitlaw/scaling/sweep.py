@@ -25,11 +25,12 @@ from bitlaw.methods.quantize import check_quantizable, quantize
 from bitlaw.metrics.evaluation import (
     Reference,
     cyclic_labels,
+    draw_features,
     feature_network,
     load_reference,
     mean_loss,
     protocol_of,
-    score_images,
+    score_features,
 )
 from bitlaw.metrics.features import FeatureNetwork
 from bitlaw.metrics.protocol import score_json
@@ -144,8 +145,10 @@ def run_cell(cell: Cell) -> CellResult:
     if not (precision := Precision.parse(cell.precision)).is_full:
         model = quantize(model, precision, method=cell.method, protect=cell.protect)
     bits = count_bits(model)
-    images = model.generate(cyclic_labels(cell.num_images, model.num_classes), cell.seed)
-    scores = score_images(images, network, reference, model.family)
+    columns, rows = SAMPLE_TILES
+    labels = cyclic_labels(cell.num_images, model.num_classes)
+    features, first_images = draw_features(model, network, labels, cell.seed, num_kept=columns * rows)
+    scores = score_features(features, reference, model.family)
     metrics = {name: score_json(value, interval) for name, (value, interval) in scores.items()}
     if cell.num_validation:
         metrics["loss"] = score_json(*mean_loss(model, *_validation(cell.num_validation)))
@@ -160,9 +163,8 @@ def run_cell(cell: Cell) -> CellResult:
         versions=versions(),
         seconds=time.perf_counter() - started,
     )
-    columns, rows = SAMPLE_TILES
     buffer = io.BytesIO()
-    image_grid(images[: columns * rows], columns, gap=0).save(buffer, format="PNG")
+    image_grid(first_images, columns, gap=0).save(buffer, format="PNG")
     return CellResult(record, buffer.getvalue())
 
 
