@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -171,19 +172,66 @@ def test_sizes_that_do_not_fit(tmp_path):
     assert LargeDiT.config_of(file, None, heads=4)["net"]["input_size"] == 32  # 256 pixels if nothing else is said
 
 
-def test_without_normalized_queries_and_with_a_narrower_condition():
-    torch.manual_seed(0)
-    tensors = {name: t for name, t in load_file(FILE).items() if "q_norm" not in name and "k_norm" not in name}
-    file = WeightsFile(Path("weights.pth"), tensors)
-    plain = LargeDiT.from_official(file, None, heads=4, image_size=64)
-    assert not plain.net.config.qk_norm
+def weights(tag, shapes):
+    """Weights by the rule of the official runs, whose names seed them; with it other sizes need no file."""
+    tensors = {}
+    for name, shape in shapes.items():
+        z = np.random.RandomState(crc32(f"{tag}/{name}".encode())).standard_normal(shape)
+        if name.endswith(".bias"):
+            z *= 0.1
+        elif len(shape) == 1:
+            z = 1 + 0.2 * z
+        else:
+            z *= 0.5 if name.endswith("embedding_table.weight") else np.prod(shape[1:]) ** -0.5
+        small = name.startswith("x_embedder.") or name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+        tensors[name] = torch.from_numpy(z.astype(np.float32)) * (0.05 if small else 1)
+    return tensors
+
+
+def test_the_rule_gives_the_golden_weights():
+    expected = load_file(FILE)
+    given = weights("ldit_c", {name: tensor.shape for name, tensor in expected.items()})
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("tag", "config", "numbers", "guided"),
+    [
+        (
+            "ldit_d",
+            LargeDiTConfig(2, 64, 4, 10, 8, hidden=256, qk_norm=False),
+            [0.594534, 1.360808, -0.622406, 0.302550, 1.392111, -0.828565, 0.203712, 2.330199],
+            [6.238401, 0.814836, -0.644033, -0.394961, 1.391674, -0.293889, 1.201204, -0.774392, 2.658237],
+        ),
+        (
+            "ldit_wide",
+            LargeDiTConfig(1, 1152, 12, 10, 8, hidden=3072),
+            [-1.450598, -1.890651, 0.101481, 2.455173, 0.142410, -0.958598, -1.152950, -0.237582],
+            [-0.239236, -1.299265, 1.720090, 0.350900, -1.265271, -0.049482, -0.173788, 0.246253, -1.894397],
+        ),
+    ],
+    ids=["queries not normalized", "condition narrower than the blocks"],
+)
+def test_other_sizes(tag, config, numbers, guided):
+    """Some numbers of the official class's output in float32 (LLaMA2-Accessory 3777c43, Large-DiT-ImageNet)."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LargeDiTTransformer(config).state_dict().items()}
+    file = WeightsFile(Path("weights.pth"), weights(tag, shapes))
+    model = LargeDiT.from_official(file, None, heads=config.heads, image_size=64)
+    assert model.net.config == config and config.condition_width == min(config.width, 1024)
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((3, 4, 8, 8)).astype(np.float32))
     with torch.no_grad():
-        out = plain.net(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
-    assert out.isfinite().all() and out.abs().max() > 0.1
-    assert LargeDiTConfig(1, 1152, 12).condition_width == 1024 and LargeDiTConfig(1, 96, 4).condition_width == 96
-    wide = LargeDiTTransformer(LargeDiTConfig(1, 1032, 2, 3, 4, hidden=8))
+        out = model.net(x, torch.tensor([0, 250, 999]), torch.tensor([3, 9, 10]))
+    close(out.flatten()[::199], torch.tensor(numbers), 5e-5)
+    every_step = model.with_sampling(guidance=4.0, num_steps=1000)
+    features = replay(every_step, DiTState(x[:1], torch.tensor([3]), Noise(0, [0])), 999 - 250).extracted.features
+    close(features.flatten()[::61], torch.tensor(guided), 1e-4)
+
+
+def test_a_fresh_network_gives_zero():
+    fresh = LargeDiTTransformer(LargeDiTConfig(1, 1032, 2, 3, 4, hidden=8))
     with torch.no_grad():
-        assert not wide(torch.randn(2, 4, 4, 4), torch.tensor([0, 9]), torch.tensor([0, 3])).any()  # fresh: zero
+        assert not fresh(torch.randn(2, 4, 4, 4), torch.tensor([0, 9]), torch.tensor([0, 3])).any()
 
 
 def test_positions_turn_queries_with_the_place_of_a_token(model, golden):
