@@ -234,21 +234,13 @@ class DiT(ImageGenerator[DiTState]):
         return is_diffusers(file) or ("x_embedder.proj.weight" in file and "blocks.0.attn.qkv.weight" in file)
 
     @classmethod
-    def from_official(
-        cls,
-        file: WeightsFile,
-        autoencoder: Autoencoder | None,
-        dtype: torch.dtype = torch.float32,
-        **options: Any,
-    ) -> Self:
-        """The model in a released file, of facebookresearch/DiT or in the layout of diffusers; see `config_of`.
+    def rearranged(cls, file: WeightsFile, options: Mapping[str, Any]) -> WeightsFile:
+        """A file of facebookresearch/DiT as it is; the layout of diffusers (facebook/DiT-XL-2-256) brought to it.
 
-        The latter (facebook/DiT-XL-2-256) has the same weights, and gives the official numbers here; those of
-        diffusers' own class differ, see `networks.dit.from_diffusers`.
+        The latter has the same weights, and gives the official numbers here; those of diffusers' own class differ, see
+        `networks.dit.from_diffusers`.
         """
-        if is_diffusers(file):
-            file = from_diffusers(file)
-        return super().from_official(file, autoencoder, dtype, **options)
+        return from_diffusers(file) if is_diffusers(file) else file
 
     @classmethod
     def config_of(cls, file: WeightsFile, autoencoder: Autoencoder | None, **options: Any) -> dict[str, Any]:

@@ -213,6 +213,11 @@ class ImageGenerator(ABC, Generic[StateT]):
         return cls.autoencoder_names
 
     @classmethod
+    def rearranged(cls, file: WeightsFile, options: Mapping[str, Any]) -> WeightsFile:
+        """A released file in the one layout that `config_of` and `from_official_names` know, of several."""
+        return file
+
+    @classmethod
     def from_official_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A released file's tensors as a checkpoint names them; what holds nothing is left out."""
         return dict(tensors)
@@ -300,6 +305,7 @@ class ImageGenerator(ABC, Generic[StateT]):
     ) -> Self:
         """The model in a released file. ValueError, naming the file, for what does not fit; see `config_of`."""
         try:
+            file = cls.rearranged(file, options)
             config = cls.config_of(file, autoencoder, **options)
             return cls.from_config(config, cls.from_official_names(file.tensors), autoencoder, dtype)
         except ValueError as error:

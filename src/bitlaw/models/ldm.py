@@ -175,19 +175,9 @@ class LDM(DDPM):
         )
 
     @classmethod
-    def from_official(
-        cls,
-        file: WeightsFile,
-        autoencoder: Autoencoder | None,
-        dtype: torch.dtype = torch.float32,
-        **options: Any,
-    ) -> Self:
-        """The model in a released file; see `config_of`, whose `heads` also say how q, k and v are fused in it."""
-        try:
-            split = split_qkv(file.tensors, heads_rule(file.tensors, options.get("heads")))
-        except ValueError as error:
-            raise ValueError(f"{file.path.name}: {error}") from error
-        return super().from_official(replace(file, tensors=split), autoencoder, dtype, **options)
+    def rearranged(cls, file: WeightsFile, options: Mapping[str, Any]) -> WeightsFile:
+        """With q, k and v apart; how they are fused in the file is what the option `heads` also says."""
+        return replace(file, tensors=split_qkv(file.tensors, heads_rule(file.tensors, options.get("heads"))))
 
     @classmethod
     def from_official_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
