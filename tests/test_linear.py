@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bitlaw import linear as module
-from bitlaw.linear import Linear, linear
+from bitlaw.linear import Linear, linear, product
 
 
 def inputs(*shape, outputs=1024, inputs=512):
@@ -60,3 +60,13 @@ def test_large_products_go_to_onednn(monkeypatch):
         assert linear(x, weight, bias) is not None and not asked
         linear(x, weight[:100], bias[:100])
     assert len(asked) == 1
+
+
+@torch.no_grad()
+def test_products_of_any_layout() -> None:
+    """Weights as they are, transposed, and with gaps, which oneDNN would be slow at; rounding of 300 products."""
+    g = torch.Generator().manual_seed(0)
+    x_RI, weight_OI = torch.randn(70, 300, generator=g), torch.randn(200, 300, generator=g)
+    for weight in (weight_OI, weight_OI.T.contiguous().T, torch.cat([weight_OI, weight_OI], 1)[:, :300]):
+        for rows in (x_RI, x_RI.T.contiguous().T, x_RI.repeat(1, 2)[:, :300]):
+            assert torch.allclose(product(rows, weight).double(), x_RI.double() @ weight_OI.double().T, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,6 +57,7 @@ def test_any_shape_survives_and_takes_the_bits_it_says(
     weight = weights(rows, groups * size * area) * 2.0**exponent
     if kernel is not None:
         weight = weight.view(rows, groups * size, *kernel)
+    assume(spec.problem(weight.shape) is None)
     quantized = spec.quantize(weight)
     assert quantized.shape == weight.shape
     tensors = pack("a.b", quantized)
@@ -210,10 +211,10 @@ def test_every_damaged_site_of_a_network_is_named() -> None:
     tensors = {"head.weight": torch.ones(2, 2), "a.bias": torch.ones(6)}
     for name in ("a", "b", "c"):
         tensors |= pack(name, SPEC.quantize(weights()))
-    quantized, rest = unpack_network(tensors, plan)
-    assert set(quantized) == {"a", "b", "c"}
+    parts, rest = unpack_network(tensors, plan)
+    assert set(parts) == {"a", "b", "c"}
     assert set(rest) == {"head.weight", "a.bias", "a.weight", "b.weight", "c.weight"}
-    assert torch.equal(rest["b.weight"], quantized["b"].decode())
+    assert parts["b"].weight is not None and torch.equal(rest["b.weight"], parts["b"].weight.decode())
 
     tensors["a.weight_scale"][0] = torch.nan
     del tensors["c.weight_packed"]

@@ -28,17 +28,19 @@ SITES = [
 W4A8 = Precision.parse("W4A8")
 
 NUMBERS = st.sampled_from([f for f in FORMATS.values() if f.code_bits < 16])
+SCALARS = st.sampled_from([f for f in FORMATS.values() if f.code_bits < 16 and not f.codebook_shape])
 GROUPS = st.none() | st.just("tensor") | st.integers(1, 4096)
 
 
 def precisions() -> st.SearchStrategy[Precision]:
-    def tensor(groups: st.SearchStrategy) -> st.SearchStrategy:
+    def tensor(groups: st.SearchStrategy, formats: st.SearchStrategy = SCALARS) -> st.SearchStrategy:
         def build(format, group):
             return TensorPrecision(format, group if format.code_bits else None)
 
-        return st.none() | st.builds(build, NUMBERS, groups)
+        return st.none() | st.builds(build, formats, groups)
 
-    return st.builds(Precision, tensor(GROUPS), tensor(st.sampled_from([None, "tensor"])), tensor(st.none()))
+    activations = tensor(st.sampled_from([None, "tensor", "static"]))
+    return st.builds(Precision, tensor(GROUPS, NUMBERS), activations, tensor(st.none()))
 
 
 @given(precisions())
@@ -97,7 +99,7 @@ def test_nominal_bits() -> None:
         ("", 0, "expected W and the bits of the weights"),
         ("A8", 0, "expected W"),
         ("w4A8", 0, "expected W"),
-        ("W", 1, "expected 0 to 16 bits or a float layout such as e2m1"),
+        ("W", 1, "expected 0 to 16 bits, a float layout such as e2m1 or a codebook such as v2b3"),
         ("W17", 1, "expected 0 to 16 bits"),
         ("W04", 1, "expected 0 to 16 bits"),
         ("W4x8", 2, "expected s or g or t or A or KV or the end"),
@@ -108,7 +110,7 @@ def test_nominal_bits() -> None:
         ("We2m1s", 5, "expected g or t or A"),
         ("W16s", 3, "expected A or KV"),
         ("W0g32", 2, "expected A or KV"),
-        ("W4A8g32", 4, "expected s or t or KV or the end"),
+        ("W4A8g32", 4, "expected s or t or c or KV or the end"),
         ("W4KV8A8", 5, "expected s or the end"),
         ("W4A8KV8t", 7, "expected s or the end"),
         ("W4Ae9m9", 3, "unknown number format 'e9m9'"),

@@ -166,12 +166,35 @@ def test_activations_keep_their_type() -> None:
     assert torch.equal(out, ActivationSpec(FORMATS["int8"]).fake(x.float()).to(torch.bfloat16))
 
 
-def test_rounding_passes_no_gradient() -> None:
-    x = randn(4, 16).requires_grad_()
+def test_gradients_pass_as_if_nothing_were_rounded() -> None:
     for name in ("int4", "int4s", "e4m3"):
+        x = randn(4, 16).requires_grad_()
         out = ActivationSpec(FORMATS[name]).fake(x)
-        assert not out.requires_grad
-        assert torch.equal(out, ActivationSpec(FORMATS[name]).fake(x.detach()))
+        weights = randn(4, 16)
+        (out * weights).sum().backward()
+        torch.testing.assert_close(out.detach(), ActivationSpec(FORMATS[name]).fake(x.detach()))
+        assert x.grad is not None and torch.equal(x.grad, weights)
+
+
+def test_static_ranges_clip_and_pass_no_gradient_outside() -> None:
+    format = FORMATS["int4"]
+    spec, params = ActivationSpec(format, "static"), format.fit(torch.tensor([[-1.0, 2.0]]))
+    x = torch.tensor([-5.0, -1.0, 0.25, 1.9, 7.0], requires_grad=True)
+    out = spec.fake(x, params)
+    torch.testing.assert_close(out, torch.tensor([-1.0, -1.0, 0.2, 2.0, 2.0]), rtol=0, atol=1e-6)
+    out.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_static_ranges_follow_the_clock() -> None:
+    clock, format = Clock(), FORMATS["int8"]
+    rows = [format.fit(torch.tensor([[-high, high]])) for high in (1.0, 4.0)]
+    ranges = {name: torch.cat([row[name] for row in rows]) for name in format.param_names}
+    module = FakeQuant([ActivationSpec(format, "static")] * 2, (0, 3), clock, ranges)
+    seen = []
+    for clock.step in range(5):
+        seen.append(round(float(module(torch.tensor([3.0]))), 1))
+    assert seen == [1.0, 1.0, 1.0, 3.0, 3.0]
 
 
 def test_fake_quant_follows_the_clock() -> None:

@@ -1,13 +1,16 @@
 """Put quantized layers into a network where a plan says, and read the plan back from them."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from torch import nn
 
+from bitlaw.formats import Params
 from bitlaw.names import unknown_name
-from bitlaw.precision import BitPlan, Precision
+from bitlaw.precision import BitPlan
+from bitlaw.prepared import InputScaling, LowRankBranch, PreparedConv2d, PreparedLinear
 from bitlaw.quantized import (
     ActivationSpec,
     Clock,
@@ -24,25 +27,53 @@ ATTENTION_OPERANDS = ("quant_q", "quant_k", "quant_v")
 """Attributes of an attention module that see its operands; identities in full precision."""
 
 
-def install(net: nn.Module, plan: BitPlan, quantized: Mapping[str, QuantizedTensor], clock: Clock) -> nn.Module:
-    """A copy of `net` with quantized modules wherever `plan` is not 16 bits.
+@dataclass(frozen=True)
+class SiteParts:
+    """What a quantized layer has beside its plan.
 
-    `quantized` has the weight of each site whose weight is quantized.
+    weight: None where it stays as it is
+    ranges: parameters of static activation ranges, (S, 1) each, one row for each step group
+    scaling, branch: what stands before and beside the layer; None leaves what it has
     """
+
+    weight: QuantizedTensor | None = None
+    ranges: Params = field(default_factory=dict)
+    scaling: InputScaling | None = None
+    branch: LowRankBranch | None = None
+
+
+def install(net: nn.Module, plan: BitPlan, parts: Mapping[str, SiteParts], clock: Clock) -> nn.Module:
+    """A copy of `net` with quantized modules wherever `plan` is not 16 bits; `parts` are those of each such site."""
     replaced: dict[int, nn.Module] = {}
     for name in plan:
-        if not all(precision.is_full for precision in plan[name]):
+        if is_changed(plan, name):
             layer = net.get_submodule(name)
-            replaced[id(layer)] = _quantized_layer(layer, quantized.get(name), plan[name], plan.step_groups, clock)
+            replaced[id(layer)] = _quantized_layer(layer, parts.get(name, SiteParts()), plan, name, clock)
     # deepcopy puts what its memo holds in the place of the original, uncopied.
     twin = copy.deepcopy(net, dict(replaced))
     for name in plan:
-        if any(precision.attention for precision in plan[name]):
-            attention = twin.get_submodule(name.rpartition(".")[0])
-            specs = [ActivationSpec.of(p.attention) if p.attention else None for p in plan[name]]
-            for operand in ATTENTION_OPERANDS:
-                setattr(attention, operand, FakeQuant(specs, plan.step_groups, clock))
+        _install_attention(twin, plan, name, clock)
     return twin
+
+
+def install_site(net: nn.Module, plan: BitPlan, name: str, parts: SiteParts, clock: Clock) -> None:
+    """Put the quantized modules of one site into `net` itself, if `plan` changes it."""
+    if is_changed(plan, name):
+        net.set_submodule(name, _quantized_layer(net.get_submodule(name), parts, plan, name, clock))
+        _install_attention(net, plan, name, clock)
+
+
+def is_changed(plan: BitPlan, name: str) -> bool:
+    """Whether a plan leaves anything of a site in less than 16 bits."""
+    return not all(precision.is_full for precision in plan[name])
+
+
+def _install_attention(net: nn.Module, plan: BitPlan, name: str, clock: Clock) -> None:
+    if any(precision.attention for precision in plan[name]):
+        attention = net.get_submodule(name.rpartition(".")[0])
+        specs = [ActivationSpec.of(p.attention) if p.attention else None for p in plan[name]]
+        for operand in ATTENTION_OPERANDS:
+            setattr(attention, operand, FakeQuant(specs, plan.step_groups, clock))
 
 
 def check_plan(net: nn.Module, plan: BitPlan) -> None:
@@ -90,22 +121,22 @@ def is_quantizable(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """
     if not isinstance(module, nn.Conv2d):
         return isinstance(module, nn.Linear)
+    if isinstance(module, PreparedConv2d):  # whose scaling the twin takes over
+        return True
     own = type(module)
     is_plain = own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
     return is_plain and module.padding_mode == "zeros"
 
 
-def _quantized_layer(
-    layer: nn.Module,
-    quantized: QuantizedTensor | None,
-    precisions: Sequence[Precision],
-    step_groups: Sequence[int],
-    clock: Clock,
-) -> QuantLayer:
+def _quantized_layer(layer: nn.Module, parts: SiteParts, plan: BitPlan, name: str, clock: Clock) -> QuantLayer:
     assert is_quantizable(layer)  # `check_plan` has seen to it
+    # Ranges are there for a whole site or not at all, whatever its step groups.
+    rest = (parts.weight, plan[name], plan.step_groups, clock, parts.ranges or None)
     if isinstance(layer, nn.Conv2d):
-        return QuantConv2d(layer, quantized, precisions, step_groups, clock)
-    return QuantLinear(layer, quantized, precisions, step_groups, clock)
+        return QuantConv2d(PreparedConv2d.of(layer, parts.scaling) if parts.scaling else layer, *rest)
+    if parts.scaling or parts.branch:
+        layer = PreparedLinear.of(layer, parts.scaling, parts.branch)
+    return QuantLinear(layer, *rest)
 
 
 def _found(module: nn.Module) -> str:

@@ -20,3 +20,11 @@ def unknown_name(name: str, valid: Iterable[str], what: str) -> ValueError:
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return ValueError(f"unknown {what} '{name}'{hint} Known: {', '.join(names)}")
+
+
+def check_keywords(known: Iterable[str], given: Iterable[str], what: str) -> None:
+    """Raise the error of `unknown_name` for a keyword that is none of those known."""
+    names = list(known)
+    for name in given:
+        if name not in names:
+            raise unknown_name(name, names, what)

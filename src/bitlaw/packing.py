@@ -8,20 +8,24 @@ Integers of 1 to 8 bits take the compressed-tensors pack-quantized layout, writt
     <site>.weight_shape       int64 (2,)             or (4,), a convolution's (O, I, kh, kw)
 
 With one scale for the tensor, scale and zero point are (1,) and not packed. What the layout cannot hold has names of
-its own: `bitlaw_codes` and `bitlaw_zero_point` for other formats and widths, `bitlaw_<name>` for further parameters of
-a format. Codes wider than 8 bits are two planes side by side, the low 8 bits and the rest. Bit patterns of floats are
+its own: `bitlaw_codes` and `bitlaw_zero_point` for other formats and widths, `bitlaw_codebook`, int8 (groups, K, D),
+for codebooks (whose scales are (rows of groups, groups in a row)), `bitlaw_<name>` for further parameters of a format.
+Codes wider than 8 bits are two planes side by side, the low 8 bits and the rest. Bit patterns of floats are
 stored as they are (e2m1: eight to a word, the first in the lowest bits). A dropped tensor has only a shape. All but the
 shape of a convolution is that of the linear (O, I kh kw).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from bitlaw.formats import Format, IntegerFormat
+from bitlaw.install import SiteParts, is_changed
 from bitlaw.precision import BitPlan
+from bitlaw.prepared import STORED, InputScaling, LowRankBranch
 from bitlaw.quantized import QuantizedTensor, QuantLayer, WeightSpec, packed_bits
 
 # ---- one weight ---------------------------------------------------------------------------------------
@@ -42,7 +46,7 @@ def pack(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         elif param == "zero_G1":
             tensors[zeros_key] = _pack_rows(value.reshape(rows, -1).T, width).T.contiguous()
         else:
-            tensors[f"bitlaw_{param}"] = value.contiguous()
+            tensors["bitlaw_codebook" if param == "codebook_GKD" else f"bitlaw_{param}"] = value.contiguous()
     assert 8 * sum(tensor.nbytes for key, tensor in tensors.items() if key != "weight_shape") == quantized.bits().total
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
@@ -60,9 +64,9 @@ def unpack(name: str, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Quanti
     if size.ndim != 1 or len(size) not in (2, 4) or size.min() < 1:
         raise stored.damaged("weight_shape", f"{size.tolist()} is not the shape of a weight")
     shape = tuple(int(n) for n in size)
-    rows, num_inputs, num_groups = shape[0], int(size[1:].prod()), spec.num_groups(shape)
     if problem := spec.problem(shape):
         raise stored.damaged("weight_shape", problem)
+    rows, num_inputs, num_groups = shape[0], int(size[1:].prod()), spec.num_groups(shape)
 
     params = {}
     for param in format.param_names:
@@ -77,6 +81,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Quanti
             words = packed_bits(rows, format.code_width) // 32
             packed = stored.take(zeros_key, torch.int32, shape=(words, num_groups // rows))
             params[param] = _unpack_rows(packed.T, format, rows).T.reshape(num_groups, 1)
+        elif param == "codebook_GKD":
+            params[param] = stored.take("bitlaw_codebook", torch.int8, shape=(num_groups, *format.codebook_shape))
         else:
             params[param] = stored.take(f"bitlaw_{param}")
 
@@ -124,7 +130,8 @@ def _keys(format: Format) -> tuple[str, str]:
 
 def _table(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of stored scales."""
-    return (1,) if spec.group_size == "tensor" else (shape[0], spec.num_groups(shape) // shape[0])
+    rows, columns = spec.rectangle(shape)
+    return (1,) if spec.group_size == "tensor" else (shape[0] // rows, prod(shape[1:]) // columns)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -165,34 +172,105 @@ def _unpack_rows(packed: Tensor, format: Format, count: int) -> Tensor:
 
 # ---- a network ----------------------------------------------------------------------------------------
 
+_SCALING, _SHIFT, _DOWN, _UP = (f"bitlaw_{part}" for part in ("input_scale", "input_shift", "down", "up"))
+_ACTIVATION = {"scale_G1": "bitlaw_act_scale", "zero_G1": "bitlaw_act_zero_point"}
+
+
+def pack_site(name: str, parts: SiteParts) -> dict[str, Tensor]:
+    """The tensors that store all that a quantized layer has.
+
+    Beside those of `pack`, where there are such things:
+    <site>.bitlaw_input_scale, .bitlaw_input_shift     float16 (C,)          (x - shift) / scale comes before the layer
+    <site>.bitlaw_down, .bitlaw_up                     float16 (R, I), (O, R)   up down x comes to its output
+    <site>.bitlaw_act_scale, .bitlaw_act_zero_point    (S,)                   static ranges of each step group
+    """
+    tensors = {}
+    if parts.scaling is not None:
+        tensors[_SCALING] = parts.scaling.scale_C.to(STORED)
+        if parts.scaling.shift_C is not None:
+            tensors[_SHIFT] = parts.scaling.shift_C.to(STORED)
+    if parts.branch is not None:
+        tensors |= {_DOWN: parts.branch.down_RI.to(STORED), _UP: parts.branch.up_OR.to(STORED)}
+    for param, value in parts.ranges.items():
+        tensors[_ACTIVATION[param]] = value.flatten().clone()
+    weight = {} if parts.weight is None else pack(name, parts.weight)
+    return weight | {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def companion_bits(parts: SiteParts) -> int:
+    """Bits of what a quantized layer has beside its weight, as `pack_site` stores it."""
+    return 8 * sum(tensor.nbytes for tensor in pack_site("", replace(parts, weight=None)).values())
+
+
+def unpack_site(name: str, tensors: Mapping[str, Tensor], plan: BitPlan) -> SiteParts:
+    """What `pack_site` stored under `name`. Raises the ValueError of `unpack`."""
+    stored, precision = _Stored(name, tensors), plan.weight(name)
+    scaling = branch = None
+    if f"{name}.{_SCALING}" in tensors:
+        scale_C = stored.take(_SCALING, STORED).float()
+        if scale_C.ndim != 1 or not (scale_C > 0).all():
+            raise stored.damaged(_SCALING, "is not a scale above 0 for each channel")
+        shift_C = None
+        if f"{name}.{_SHIFT}" in tensors:
+            shift_C = stored.take(_SHIFT, STORED, shape=tuple(scale_C.shape)).float()
+        scaling = InputScaling(scale_C, shift_C)
+    if f"{name}.{_DOWN}" in tensors:
+        down_RI, up_OR = stored.take(_DOWN, STORED).float(), stored.take(_UP, STORED).float()
+        if down_RI.ndim != 2 or up_OR.ndim != 2 or len(down_RI) != up_OR.shape[1]:
+            raise stored.damaged(_DOWN, f"shape {tuple(down_RI.shape)} does not go with {tuple(up_OR.shape)} of {_UP}")
+        branch = LowRankBranch(down_RI, up_OR)
+    ranges = {}
+    if format := static_format(plan, name):
+        groups = (len(plan.step_groups),)
+        for param in format.param_names:
+            dtypes = (torch.float32,) if param == "scale_G1" else (format.code_dtype,)
+            value = stored.take(_ACTIVATION[param], *dtypes, shape=groups)
+            if param == "scale_G1" and not (value > 0).all():
+                raise stored.damaged(_ACTIVATION[param], "holds scales that are not above 0")
+            ranges[param] = value.reshape(-1, 1)
+    weight = None if precision is None else unpack(name, tensors, WeightSpec.of(precision))
+    return SiteParts(weight, ranges, scaling, branch)
+
+
+def static_format(plan: BitPlan, name: str) -> Format | None:
+    """The format of a site's static activation ranges; None if its ranges are dynamic."""
+    for precision in plan[name]:
+        if precision.activation is not None and precision.activation.group_size == "static":
+            return precision.activation.format
+    return None
+
+
+def parts_of(layer: QuantLayer) -> SiteParts:
+    """What a quantized layer has."""
+    return SiteParts(layer.quantized, layer.input_quant.ranges, layer.scaling, layer.branch)
+
 
 def pack_network(net: nn.Module) -> dict[str, Tensor]:
-    """The packed tensors of every quantized weight of a network, to be stored beside its state dict."""
+    """The packed tensors of every quantized layer of a network, to be stored beside its state dict."""
     tensors: dict[str, Tensor] = {}
     for name, module in net.named_modules():
-        if isinstance(module, QuantLayer) and module.quantized is not None:
-            tensors |= pack(name, module.quantized)
+        if isinstance(module, QuantLayer):
+            tensors |= pack_site(name, parts_of(module))
     return tensors
 
 
-def unpack_network(
-    tensors: Mapping[str, Tensor], plan: BitPlan
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """The quantized weights of a checkpoint by site, and all its other tensors with those weights decoded beside them.
+def unpack_network(tensors: Mapping[str, Tensor], plan: BitPlan) -> tuple[dict[str, SiteParts], dict[str, Tensor]]:
+    """The parts of the quantized layers of a checkpoint by site, and all its other tensors with those weights decoded.
 
     The second part loads into a full-precision network; `install.install` then puts the first in its place.
     Raises ValueError naming every damaged tensor.
     """
-    quantized, problems, taken = {}, [], set()
+    parts, problems, taken = {}, [], set()
     for name in plan:
-        if (precision := plan.weight(name)) is None:
+        if not is_changed(plan, name):
             continue
         taken |= {key for key in tensors if key.startswith((f"{name}.weight_", f"{name}.bitlaw_"))}
         try:
-            quantized[name] = unpack(name, tensors, WeightSpec.of(precision))
+            parts[name] = unpack_site(name, tensors, plan)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     rest = {key: tensor for key, tensor in tensors.items() if key not in taken}
-    return quantized, rest | {f"{name}.weight": weight.decode() for name, weight in quantized.items()}
+    decoded = {f"{name}.weight": p.weight.decode() for name, p in parts.items() if p.weight is not None}
+    return parts, rest | decoded

@@ -1,13 +1,18 @@
 """How many bits for what: the notation `W4g128A8KV8`, and plans that give every site its precision.
 
-    precision = W number [groups] [A number [t]] [KV number]
-    number    = 16 | 0 to 15 | integer bits with s: symmetric | the name of another format: e2m1
+    precision = W number [groups] [A number [t | c]] [KV number]
+    number    = 16 | 0 to 15 | integer bits with s: symmetric | the name of another format: e2m1, v2b3
     groups    = g and a number: input channels that share a scale | t: one scale for the tensor
 
 16 means as the checkpoint is, and is what A and KV are if they are not given. Without `groups` each output channel of a
 weight has its scale; activations (dynamic ranges) have one for each token, with `t` one for the tensor, which makes an
-image depend on its batch; attention operands have one for each token and head. 0 drops a tensor: it is zero. Of a
+image depend on its batch, and with `c` it is calibrated: one for each step group, found before and stored;
+attention operands have one for each token and head. 0 drops a tensor: it is zero. Of a
 convolution, `g` counts the numbers a window covers (channels x kernel), and inputs have a scale for each image.
+
+v2b3 are codebooks: vectors of 2 weights, 3 bits of index for each, 64 entries. They are for weights only. Of them `g`
+counts all weights that share a codebook, over rows and inputs, and `t` is one codebook for the tensor; without either
+it is shared so widely that it costs at most 1/8 bit a weight (`quantized.WeightSpec`).
 """
 
 import re
@@ -20,8 +25,11 @@ from typing import Any, Literal, Protocol, Self
 from bitlaw.formats import FORMATS, Format, format_name
 from bitlaw.names import unknown_name
 
-GroupSize = int | Literal["tensor"] | None
-"""Inputs that share a scale; None for a whole output channel (a weight), token or image (an activation)."""
+GroupSize = int | Literal["tensor", "static"] | None
+"""Inputs that share a scale; None for a whole output channel (a weight), token or image (an activation).
+
+"static" is for activations: everything that enters the layer in a step group shares a range found by calibration.
+"""
 
 FULL_BITS = 16
 """Nominal bits of what is left as the checkpoint is."""
@@ -43,7 +51,8 @@ class TensorPrecision:
             raise ValueError(f"group size {self.group_size} is not 1 or more")
 
     def __str__(self) -> str:
-        groups = f"g{self.group_size}" if isinstance(self.group_size, int) else "t" if self.group_size else ""
+        letters = {None: "", "tensor": "t", "static": "c"}
+        groups = f"g{self.group_size}" if isinstance(self.group_size, int) else letters[self.group_size]
         return format_name(self.format).removeprefix("int") + groups
 
 
@@ -56,8 +65,13 @@ class Precision:
     attention: TensorPrecision | None = None
 
     def __post_init__(self) -> None:
+        if self.weight and self.weight.group_size == "static":
+            raise ValueError("weights have no range to calibrate; c is for activations")
         if self.activation and isinstance(self.activation.group_size, int):
             raise ValueError("activations have a scale for each token or for the tensor, no groups")
+        for what, tensor in (("activations", self.activation), ("attention operands", self.attention)):
+            if tensor and tensor.format.codebook_shape:
+                raise ValueError(f"{tensor} is a codebook, which only weights can have; give {what} integers or floats")
         if self.attention and self.attention.group_size is not None:
             raise ValueError("attention operands have a scale for each token and head, nothing else")
 
@@ -67,7 +81,7 @@ class Precision:
         reader = _Reader(text)
         reader.letters("W", "W and the bits of the weights")
         weight = reader.tensor(groups=True, whole=True)
-        activation = reader.tensor(whole=True) if reader.accept("A") else None
+        activation = reader.tensor(whole=True, static=True) if reader.accept("A") else None
         attention = reader.tensor() if reader.accept("KV") else None
         if not reader.at_end:
             reader.expected.append("the end")
@@ -128,8 +142,8 @@ class _Reader:
         if self.match(letters, what) is None:
             raise self.error()
 
-    def tensor(self, groups: bool = False, whole: bool = False) -> TensorPrecision | None:
-        """A number and its groups; None for 16. `groups` and `whole` say if g<N> and t may follow."""
+    def tensor(self, groups: bool = False, whole: bool = False, static: bool = False) -> TensorPrecision | None:
+        """A number and its groups; None for 16. `groups`, `whole` and `static` say if g<N>, t and c may follow."""
         format = self.format()
         if format is None:
             return None
@@ -143,7 +157,9 @@ class _Reader:
             if size.startswith("0"):
                 raise self.error("a group size of 1 or more", start)
             return TensorPrecision(format, int(size))
-        return TensorPrecision(format, "tensor" if whole and self.accept("t") else None)
+        if whole and self.accept("t"):
+            return TensorPrecision(format, "tensor")
+        return TensorPrecision(format, "static" if static and self.accept("c") else None)
 
     def format(self) -> Format | None:
         start = self.position
@@ -160,7 +176,7 @@ class _Reader:
                 return FORMATS[name]
         if unknown := re.compile(r"e[0-9]+m[0-9]+|[a-z][a-z0-9]*").match(self.text, start):
             raise ValueError(f"{self._show(start)}\n{unknown_name(unknown.group(), names, 'number format')}")
-        raise self.error("0 to 16 bits or a float layout such as e2m1")
+        raise self.error("0 to 16 bits, a float layout such as e2m1 or a codebook such as v2b3")
 
     def error(self, expected: str | None = None, position: int | None = None) -> ValueError:
         """What was expected at a position (by default what has just been tried where the reader stands)."""

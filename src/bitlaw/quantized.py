@@ -5,15 +5,18 @@ Legend: O output channels, I input channels, G groups, N numbers in a group; B i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd, prod
 from typing import ClassVar, Literal, Protocol, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlaw.formats import Format, Params
 from bitlaw.linear import linear
 from bitlaw.precision import GroupSize, Precision, TensorPrecision, step_group
+from bitlaw.prepared import InputScaling, LowRankBranch
 
 
 class Clock(Protocol):
@@ -32,12 +35,16 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How a weight is to be stored: a format, and the inputs of an output channel that share its parameters.
+    """How a weight is to be stored: a format, and the weights that share its parameters.
 
     The inputs of a linear are its input channels; those of a convolution are the numbers of a window that an output
     channel weighs, in the order of its weight: (channel, row, column).
 
-    group_size: None for a whole output channel, "tensor" for everything
+    group_size: inputs of an output channel; None for all of them, "tensor" for the whole weight
+
+    A codebook is shared by more: its groups are rectangles of many rows by at most 256 inputs, the largest number of
+    inputs that divides. There `group_size` counts all weights of the rectangle. None is for the smallest rectangle in
+    which the codebook costs at most 1/8 bit a weight, or the whole weight where that is smaller.
     """
 
     format: Format
@@ -50,24 +57,68 @@ class WeightSpec:
 
     def problem(self, shape: Sequence[int]) -> str | None:
         """Why a weight of this shape cannot have these groups, and what to do; None if it can."""
-        num_inputs = prod(shape[1:])
-        if not isinstance(self.group_size, int) or num_inputs % self.group_size == 0:
-            return None
-        common = gcd(num_inputs, self.group_size)
-        remedy = f"use {common}" if common >= 8 else "use one scale for each output channel (no g)"
+        num_inputs, dim = prod(shape[1:]), self.format.values_per_code
         inputs = f"{num_inputs} input channels"
         if len(shape) == 4:
             inputs = f"{num_inputs} inputs ({shape[1]} channels x {shape[2]} x {shape[3]} kernel)"
-        found = f"{inputs}, not a multiple of group size {self.group_size}"
+        if num_inputs % dim:
+            return f"{inputs}, not a multiple of the {dim} that share a code; use fewer dimensions or protect this site"
+        size = self.group_size
+        if not isinstance(size, int):
+            return None
+        if self.format.codebook_shape:
+            sizes = {rows * columns for rows, columns in _rectangles(shape[0], num_inputs, dim)}
+            if size in sizes:
+                return None
+            closest = min(sizes, key=lambda other: (max(other, size) / min(other, size), other))
+            found = f"no rectangle of {size} weights divides {shape[0]} rows of {inputs}"
+            return f"{found}; use g{closest}, no g, or protect this site"
+        if num_inputs % size == 0:
+            return None
+        common = gcd(num_inputs, size)
+        remedy = f"use {common}" if common >= 8 else "use one scale for each output channel (no g)"
+        found = f"{inputs}, not a multiple of group size {size}"
         return f"{found}; {remedy} or protect this site"
+
+    def rectangle(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Output channels and inputs of a group of a weight of this shape, in which there is no `problem`."""
+        num_rows, num_inputs, dim = shape[0], prod(shape[1:]), self.format.values_per_code
+        if self.group_size == "tensor":
+            return num_rows, num_inputs
+        assert self.group_size != "static"  # which `Precision` does not take for a weight
+        if not self.format.codebook_shape:
+            return 1, self.group_size or num_inputs
+        choices = _rectangles(num_rows, num_inputs, dim)
+        if self.group_size is not None:
+            return next(choice for choice in choices if prod(choice) == self.group_size)
+        least = 8 * 8 * prod(self.format.codebook_shape)  # entries have 8 bits, each weight bears 1/8
+        widest = choices[0][1]
+        taller = sorted(choice for choice in choices if choice[1] == widest)
+        wider = [(num_rows, columns) for columns in _divisors(num_inputs) if columns > widest and columns % dim == 0]
+        return next((choice for choice in [*taller, *wider] if prod(choice) >= least), (num_rows, num_inputs))
 
     def num_groups(self, shape: Sequence[int]) -> int:
         """Groups of a weight of this shape."""
-        return 1 if self.group_size == "tensor" else prod(shape) // (self.group_size or prod(shape[1:]))
+        return prod(shape) // prod(self.rectangle(shape))
 
     def groups(self, weight: Tensor) -> Tensor:
-        """A view of `weight` (O, I), or of a convolution's (O, I, kh, kw), as (G, N); a row's groups are neighbours."""
-        return weight.reshape(self.num_groups(weight.shape), -1)
+        """`weight` (O, I), or a convolution's (O, I, kh, kw), as (G, N): a view where groups lie in a row.
+
+        Groups of the same rows are neighbours, and so are the inputs of a row inside a group.
+        """
+        return self.split(weight.flatten(1), weight.shape)
+
+    def split(self, x_OM: Tensor, shape: Sequence[int]) -> Tensor:
+        """Weights, or their codes, of a weight of this shape as (G, N)."""
+        rows, columns = self.rectangle(shape)
+        across = prod(shape[1:]) // columns
+        return x_OM.reshape(shape[0] // rows, rows, across, -1).transpose(1, 2).reshape(self.num_groups(shape), -1)
+
+    def join(self, x_GN: Tensor, shape: Sequence[int]) -> Tensor:
+        """What `split` was given."""
+        rows, columns = self.rectangle(shape)
+        across = prod(shape[1:]) // columns
+        return x_GN.reshape(shape[0] // rows, across, rows, -1).transpose(1, 2).reshape(shape[0], -1)
 
     def fit(self, weight: Tensor, clip: float = 1.0, importance_I: Tensor | None = None) -> Params:
         """Parameters of each group as they will be stored, for a range `clip` times that of the weights."""
@@ -76,17 +127,33 @@ class WeightSpec:
             importance_GN = self.groups(importance_I.expand(weight.shape[0], -1))
         return self.format.storable(self.format.fit(self.groups(weight.float() * clip), importance_GN))
 
-    def quantize(
-        self, weight: Tensor, clip: float = 1.0, importance_I: Tensor | None = None, name: str = "weight"
-    ) -> "QuantizedTensor":
-        """Each weight to the nearest code. ValueError, with `name`, for NaN, Inf or groups that do not divide."""
+    def check(self, weight: Tensor, name: str = "weight") -> None:
+        """Raise the ValueError of `quantize`."""
         if not all_finite(weight):
             raise ValueError(f"{name}: NaN or Inf in the weights; nothing can be quantized from them")
         if problem := self.problem(weight.shape):
             raise ValueError(f"{name}: {problem}")
+
+    def quantize(
+        self, weight: Tensor, clip: float = 1.0, importance_I: Tensor | None = None, name: str = "weight"
+    ) -> "QuantizedTensor":
+        """Each weight to the nearest code. ValueError, with `name`, for NaN, Inf or groups that do not divide."""
+        self.check(weight, name)
         params = self.fit(weight, clip, importance_I)
         codes_GN = self.format.encode(self.groups(weight.float()), params)
-        return QuantizedTensor(codes_GN.reshape(weight.shape[0], -1), params, self, tuple(weight.shape))
+        return QuantizedTensor(self.join(codes_GN, weight.shape), params, self, tuple(weight.shape))
+
+
+def _rectangles(num_rows: int, num_inputs: int, dim: int) -> list[tuple[int, int]]:
+    """Rectangles of at most 256 inputs that divide a weight and hold whole vectors, the widest first."""
+    columns = [columns for columns in _divisors(num_inputs) if columns <= 256 and columns % dim == 0]
+    return [(rows, c) for c in reversed(columns) for rows in _divisors(num_rows)]
+
+
+@lru_cache
+def _divisors(n: int) -> tuple[int, ...]:
+    """Ascending."""
+    return tuple(k for k in range(1, n + 1) if n % k == 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +182,7 @@ class QuantizedTensor:
     """A weight in few bits.
 
     codes: (O, codes in a row), as the format gives them
-    params: the format's parameters, (G, 1) each, groups of a row being neighbours
+    params: the format's parameters, (G, ...) each, groups of the same rows being neighbours
     shape: that of the weight: (O, I), or a convolution's (O, I, kh, kw)
     """
 
@@ -126,8 +193,8 @@ class QuantizedTensor:
 
     def decode(self) -> Tensor:
         """The weight, float32; the same bits whenever it is called."""
-        codes_GN = self.codes.reshape(self.spec.num_groups(self.shape), -1)
-        return self.spec.format.decode(codes_GN, self.params).reshape(self.shape)
+        weight_GN = self.spec.format.decode(self.spec.split(self.codes, self.shape), self.params)
+        return self.spec.join(weight_GN, self.shape).reshape(self.shape)
 
     def bits(self) -> StoredBits:
         """Bits in the layout of `packing`, which asserts that its tensors have just so many."""
@@ -149,44 +216,85 @@ def packed_bits(count: int, width: int) -> int:
 # ---- activations --------------------------------------------------------------------------------------
 
 
-RangeOf = Literal["token", "image", "tensor"]
-"""What shares a range: the last dimension, the last three (C, H, W), or everything."""
+RangeOf = Literal["token", "image", "tensor", "static"]
+"""What shares a range: the last dimension, the last three (C, H, W), everything, or all that calibration has seen."""
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Dynamic quantization of activations: a range for each token, for each image or for the tensor at hand."""
+    """Quantization of activations: a range for each token, each image or the tensor at hand, or one known before."""
 
     format: Format
     range_of: RangeOf = "token"
 
     @classmethod
     def of(cls, precision: TensorPrecision, range_of: RangeOf = "token") -> Self:
-        """The spec that a precision means; `range_of` is what a layer of this kind does where it has no `t`."""
-        return cls(precision.format, "tensor" if precision.group_size == "tensor" else range_of)
+        """The spec that a precision means; `range_of` is what a layer of this kind does where it says nothing."""
+        own = precision.group_size
+        return cls(precision.format, own if own == "tensor" or own == "static" else range_of)
 
-    def fake(self, x: Tensor) -> Tensor:
-        """`x` rounded to what its codes can say, in the type of x; rounding passes no gradient.
+    def fake(self, x: Tensor, params: Params | None = None) -> Tensor:
+        """`x` rounded to what its codes can say, in the type of x. `params` (1, 1) are those of a static range.
 
-        With a range for each token or image none sees another: a result does not depend on the batch.
+        With a range for each token or image none sees another: a result does not depend on the batch. Gradients pass
+        as if nothing were rounded, but for numbers outside of a static range, which pass none.
         """
-        shared = {"token": x.shape[-1:], "image": x.shape[-3:], "tensor": x.shape}[self.range_of]
-        x_GN = x.detach().float().reshape(-1, prod(shared))
-        return self.format.fake(x_GN).view(x.shape).to(x.dtype)
+        if self.range_of == "static":
+            assert params is not None
+            out = self.format.nearest(x.detach().float().reshape(1, -1), params)
+        else:
+            shared = {"token": x.shape[-1:], "image": x.shape[-3:], "tensor": x.shape}[self.range_of]
+            out = self.format.fake(x.detach().float().reshape(-1, prod(shared)))
+        out = out.view(x.shape).to(x.dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return out
+        passing = x
+        if params is not None:
+            ends = self.format.nearest(torch.tensor([[-_BEYOND, _BEYOND]], device=x.device), params).to(x.dtype)
+            passing = x.clamp(ends[0, 0], ends[0, 1])
+        return passing + (out - passing).detach()
+
+
+_BEYOND = 1e30  # outside of every range
 
 
 class FakeQuant(nn.Module):
-    """Quantizes activations as the step group of the running step says; None leaves them as they are."""
+    """Quantizes activations as the step group of the running step says; None leaves them as they are.
 
-    def __init__(self, specs: Sequence[ActivationSpec | None], step_groups: Sequence[int], clock: Clock):
+    ranges: parameters of static ranges, (S, 1) each, one row for each step group
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ActivationSpec | None],
+        step_groups: Sequence[int],
+        clock: Clock,
+        ranges: Params | None = None,
+    ):
         super().__init__()
         assert len(specs) == len(step_groups)
         self.specs, self.step_groups, self.clock = tuple(specs), tuple(step_groups), clock
+        is_static = any(spec is not None and spec.range_of == "static" for spec in specs)
+        assert is_static == bool(ranges), "static ranges without their parameters, or parameters without static ranges"
+        self.param_names = tuple(ranges or ())
+        for name, value in (ranges or {}).items():
+            assert value.shape == (len(specs), 1)
+            self.register_buffer(name, value, persistent=False)  # `packing` stores them
+
+    @property
+    def ranges(self) -> Params:
+        """Parameters of static ranges, (S, 1); none where ranges are dynamic."""
+        return {name: self.get_buffer(name) for name in self.param_names}
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of the same shape."""
-        spec = self.specs[step_group(self.step_groups, self.clock.step)]
-        return x if spec is None else spec.fake(x)
+        group = step_group(self.step_groups, self.clock.step)
+        spec = self.specs[group]
+        if spec is None:
+            return x
+        if spec.range_of != "static":
+            return spec.fake(x)
+        return spec.fake(x, {name: value[group : group + 1] for name, value in self.ranges.items()})
 
     def extra_repr(self) -> str:
         return f"{self.specs}, step_groups={self.step_groups}"
@@ -200,11 +308,14 @@ class QuantLayer(nn.Module):
 
     precisions: for each step group; all have the same weight precision
     quantized: the weight, or None where it stays as it is
+    scaling, branch: what a method put before and beside the layer, taken over from it (`prepared`)
     """
 
     range_of: ClassVar[RangeOf]
     """What has a range of its own in the layer's inputs."""
     quantized: QuantizedTensor | None
+    scaling: InputScaling | None
+    branch: LowRankBranch | None
     weight: Tensor
 
     def __init__(
@@ -214,11 +325,13 @@ class QuantLayer(nn.Module):
         precisions: Sequence[Precision],
         step_groups: Sequence[int],
         clock: Clock,
+        ranges: Params | None = None,
     ):
         super().__init__()
         self.precisions, self.quantized = tuple(precisions), quantized
+        self.scaling, self.branch = getattr(layer, "scaling", None), getattr(layer, "branch", None)
         specs = [ActivationSpec.of(p.activation, self.range_of) if p.activation else None for p in precisions]
-        self.input_quant = FakeQuant(specs, step_groups, clock)
+        self.input_quant = FakeQuant(specs, step_groups, clock, ranges)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         if quantized is None:
             self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -243,13 +356,17 @@ class QuantLinear(QuantLayer):
         precisions: Sequence[Precision],
         step_groups: Sequence[int],
         clock: Clock,
+        ranges: Params | None = None,
     ):
-        super().__init__(linear, quantized, precisions, step_groups, clock)
+        super().__init__(linear, quantized, precisions, step_groups, clock, ranges)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return linear(self.input_quant(x), self.weight, self.bias)
+        if self.scaling is not None:
+            x = self.scaling(x)
+        out = linear(self.input_quant(x), self.weight, self.bias)
+        return out if self.branch is None else out + self.branch(x)
 
 
 class QuantConv2d(QuantLayer):
@@ -264,13 +381,14 @@ class QuantConv2d(QuantLayer):
         precisions: Sequence[Precision],
         step_groups: Sequence[int],
         clock: Clock,
+        ranges: Params | None = None,
     ):
-        super().__init__(conv, quantized, precisions, step_groups, clock)
+        super().__init__(conv, quantized, precisions, step_groups, clock, ranges)
         assert conv.padding_mode == "zeros"  # `install.check_plan` has seen to it
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) -> (B, O, H', W')."""
-        x = self.input_quant(x)
+        x = self.input_quant(x if self.scaling is None else self.scaling.of_images(x))
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

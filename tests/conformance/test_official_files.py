@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_families import TINY, labels_of
+from test_families import labels_of
 
 import bitlaw
 from bitlaw.models.export import export_official
+from tiny_models import TINY
 
 # What shapes do not tell of models this small.
 OPTIONS = {

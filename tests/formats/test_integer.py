@@ -32,6 +32,22 @@ def test_symmetric_uses_the_codes_around_zero() -> None:
     assert IntegerFormat(3, symmetric=True).encode(x, params).tolist() == [[-3, 1, 2, 0]]
 
 
+def test_full_range_is_the_original_gptq_convention() -> None:
+    """s = max|x| / ((2^b - 1) / 2), codes from -2^(b-1), the largest number clipped where it is positive."""
+    format = IntegerFormat(3, symmetric=True, full_range=True)
+    x = torch.tensor([[3.5, -3.5, 1.4, 0.0]])
+    params = format.fit(x)
+    assert params["scale_G1"].item() == 1
+    assert format.encode(x, params).tolist() == [[3, -4, 1, 0]]
+    x = torch.randn(32, 50, generator=torch.Generator().manual_seed(0))
+    for wide in (x, x.abs(), torch.full((2, 5), -0.3)):
+        assert torch.equal(format.fake(wide), Format.fake(format, wide))
+        params = format.fit(wide)
+        assert torch.equal(format.nearest(wide, params), Format.nearest(format, wide, params))
+    with pytest.raises(ValueError, match="full_range is for symmetric"):
+        IntegerFormat(3, full_range=True)
+
+
 @pytest.mark.parametrize("offset", [3.0, -3.0])
 def test_range_is_widened_to_hold_zero(offset: float) -> None:
     """Numbers of one sign, none near zero: a range that did not hold 0 could not give back a 0 exactly."""

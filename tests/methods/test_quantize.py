@@ -221,10 +221,10 @@ def test_convolutions_survive_packing_bit_for_bit(unet: nn.Module, text: str) ->
 
     saved_plan = plan_of(small)
     assert saved_plan is not None and saved_plan.sites == sites.sites
-    quantized, rest = unpack_network(small.state_dict() | pack_network(small), saved_plan)
+    parts, rest = unpack_network(small.state_dict() | pack_network(small), saved_plan)
     again = ResidualBlock(8)
     again.load_state_dict(rest)
-    assert torch.equal(install(again, saved_plan, quantized, Clock())(IMAGES), small(IMAGES))
+    assert torch.equal(install(again, saved_plan, parts, Clock())(IMAGES), small(IMAGES))
 
 
 def test_every_convolution_takes_the_bits_it_says(unet: nn.Module) -> None:
@@ -388,9 +388,9 @@ def test_saved_models_draw_the_same_images_bit_for_bit(model: VAR | DiT) -> None
     assert saved_plan is not None and "blocks.0.attn.proj" not in saved_plan
     assert "blocks.1.attn.proj.weight" not in stored
 
-    quantized, rest = unpack_network(stored, BitPlan.from_json(saved_plan.to_json()))
+    parts, rest = unpack_network(stored, BitPlan.from_json(saved_plan.to_json()))
     again = type(model).from_checkpoint(config, rest)
-    again.net = install(again.net, saved_plan, quantized, again.clock)
+    again.net = install(again.net, saved_plan, parts, again.clock)
     assert torch.equal(again.generate(LABELS, seed=5), small.generate(LABELS, seed=5))
 
 

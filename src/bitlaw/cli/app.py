@@ -6,7 +6,15 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 app = typer.Typer(
     name="bitlaw",
@@ -54,6 +62,32 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=out_console) as bar:
         task = bar.add_task("", total=total)
         yield lambda count, text="": bar.update(task, advance=count, description=text)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of work in stages, told what is being done, how much of it, and of how much: a bar for each stage."""
+    if not out_console.is_terminal:
+        said: dict[str, int] = {}
+
+        def plain(what: str, done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if said.get(what) != tenth:
+                said[what] = tenth
+                print(f"{what} [{done}/{total}]", flush=True)
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out_console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
 
 
 def escape(text: str) -> str:

@@ -1,17 +1,21 @@
 """Quantize models, and say what checkpoints hold."""
 
 import json
+import re
+import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlaw.cli.app import app, out_console
+from bitlaw.cli.app import app, out_console, stages
 from bitlaw.cli.options import (
     Device,
     Dtype,
+    Guidance,
     Model,
     Option,
     Out,
+    Sampling,
     Tokenizer,
     load_model,
     parse_protect,
@@ -20,6 +24,8 @@ from bitlaw.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
     from bitlaw.models.generator import ImageGenerator
@@ -27,29 +33,75 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="Examples: `bitlaw quantize ladder/var-s --precision W4A8 --out var-s-w4a8` · "
-    "`bitlaw quantize DiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema --precision W4g128A8 --out dit-w4a8`"
+    "`bitlaw quantize ladder/dit-s --precision W4A8c --method smoothquant+gptq --step-groups 4 --out dit-s-w4a8` · "
+    "`bitlaw quantize DiT-XL-2-256x256.pt --tokenizer sd-vae-ft-ema --precision W4g128A8 --method gptq:act_order=true "
+    "--calibration-images 32 --out dit-w4a8`"
 )
 def quantize(
     model: Model,
     out: Out,
     precision: Annotated[str, typer.Option("--precision", help="W4A16, W4g32A8, We2m1Ae4m3 ...")] = "W4A16",
-    method: Annotated[str, typer.Option(help="How the codes are chosen: rtn.")] = "rtn",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How the codes are chosen: rtn, clip, gptq, gptvq, omniquant or adaround, after a colon its settings; "
+            "before it, joined by +, what prepares the network: smoothquant, svdquant."
+        ),
+    ] = "rtn",
     protect: Annotated[
         str, typer.Option(help="Layers that stay in 16 bits: first-last, none, or site names with commas.")
     ] = "first-last",
+    step_groups: Annotated[
+        str, typer.Option(help="Groups of steps with activation ranges of their own (A8c): how many, or first steps.")
+    ] = "1",
+    calibration_images: Annotated[int, typer.Option(help="Images that the model draws of itself to calibrate.")] = 64,
+    guidance: Guidance = None,
+    sampling: Sampling = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option("--calibration", help="A setting of it, name=value; may be repeated: ranges=percentile, seed=7."),
+    ] = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     option: Option = None,
 ) -> None:
-    """Quantize a model and save it, as small as its bits say."""
+    """Quantize a model and save it, as small as its bits say.
+
+    What is interrupted goes on where it was when the same command is given again.
+    """
     import bitlaw
+    from bitlaw.methods.quantize import as_chain
+    from bitlaw.names import check_keywords
 
     refuse_existing(out)
     bitlaw.Precision.parse(precision)
+    as_chain(method)
+    given = {
+        "num_images": calibration_images,
+        "guidance": guidance,
+        "sampling": settings(sampling, "sampling"),
+        **settings(calibration, "calibration"),
+    }
+    check_keywords(bitlaw.Calibration.__dataclass_fields__, given, "calibration setting")
+    groups = [int(part) for part in step_groups.split(",")] if re.fullmatch(r"\d+(,\d+)*", step_groups) else []
+    if not groups:
+        raise ValueError(f"--step-groups {step_groups}: expected a number, or first steps with commas (0,4,8)")
     loaded = load_model(model, tokenizer, dtype, device, option)
-    small = bitlaw.quantize(loaded, precision, method=method, protect=parse_protect(protect))
+    work = out.with_name(f".{out.name}.work")
+    with stages() as report:
+        small = bitlaw.quantize(
+            loaded,
+            precision,
+            method=method,
+            protect=parse_protect(protect),
+            calibration=bitlaw.Calibration(**given),
+            step_groups=groups[0] if len(groups) == 1 else groups,
+            work=work,
+            progress=report,
+        )
     small.save(out)
+    shutil.rmtree(work, ignore_errors=True)
     out_console.print(_describe(bitlaw.load(out), str(out)))
 
 
@@ -196,4 +248,35 @@ def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) ->
         return json.dumps(content, indent=2)
     size = f" {release.size} ({', '.join(release.files)})" if release else ""
     classes = f"{model.num_classes} classes, " if model.num_classes > 1 else ""
-    return f"{name}: {model.family}{size}, {classes}{model.image_size} px\n{describe_bits(model, bits)}"
+    method = describe_method(model.provenance)
+    return f"{name}: {model.family}{size}, {classes}{model.image_size} px\n{describe_bits(model, bits)}{method}"
+
+
+def describe_method(provenance: "Mapping[str, Any]") -> str:
+    """What was done to each site of a model that was calibrated: its output error after each stage, relative."""
+    notes = provenance.get("sites")
+    if not notes:
+        return ""
+    lines = ["", f"method        {provenance.get('method')}, calibrated with {_images(provenance)}"]
+    width = max(34, *(len(name) + 2 for name in notes))
+    for name, of_site in notes.items():
+        shown = [f"{stage} {_stage(note)}" for stage, note in of_site.items()]
+        lines.append(f"{name:{width}}{' -> '.join(shown)}")
+    return "\n".join(lines)
+
+
+def _images(provenance: "Mapping[str, Any]") -> str:
+    calibration = provenance.get("calibration", {})
+    return f"{calibration.get('num_images')} images, seed {calibration.get('seed')}"
+
+
+def _stage(note: "Mapping[str, Any]") -> str:
+    """A stage's note in a few words: the error first."""
+    parts = [f"{note['error']:.2%}"] if "error" in note else []
+    parts += [f"{key} {_short(value)}" for key, value in note.items() if key not in ("error", "seconds")]
+    parts += [f"{note['seconds']:.2f} s"] if "seconds" in note else []
+    return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -89,6 +89,10 @@ class FloatFormat(Format):
     def decode(self, codes_GN: Tensor, params: Params) -> Tensor:
         return self.values.to(codes_GN.device)[codes_GN.to(torch.int32)].mul_(params["scale_G1"].to(torch.float32))
 
+    def nearest(self, x_GN: Tensor, params: Params) -> Tensor:
+        scale_G1 = params["scale_G1"].to(torch.float32)
+        return self._round((x_GN / scale_G1).clamp_(-self.largest, self.largest)).mul_(scale_G1)
+
     def fake(self, x_GN: Tensor) -> Tensor:
         scale_G1 = self.fit(x_GN)["scale_G1"]
         return self._round(x_GN / scale_G1).mul_(scale_G1)

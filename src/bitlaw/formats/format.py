@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
-"""Parameters of all groups. "scale_G1" and "zero_G1" are one number a group; other names are the format's own."""
+"""Parameters of all groups. "scale_G1" and "zero_G1" are one number a group, "codebook_GKD" (int8) is K vectors of D
+numbers a group; other names are the format's own."""
 
 SMALLEST_FLOAT16_SCALE = 2.0**-20
 """Below this float16 has fewer than 5 significant bits."""
@@ -28,6 +29,11 @@ class Format(ABC):
     def values_per_code(self) -> int:
         """Numbers that one code stands for: 1, or the dimension where a code is the index of a vector."""
         return 1
+
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        """(K, D) of a group's codebook; () without one. A group that has one is large: a rectangle of many rows."""
+        return ()
 
     @property
     @abstractmethod
@@ -59,6 +65,10 @@ class Format(ABC):
     @abstractmethod
     def decode(self, codes_GN: Tensor, params: Params) -> Tensor:
         """The numbers that codes stand for, float32."""
+
+    def nearest(self, x_GN: Tensor, params: Params) -> Tensor:
+        """`decode(encode(x))`, float32: the nearest representable numbers. Formats replace it with a faster equal."""
+        return self.decode(self.encode(x_GN, params), params)
 
     def fake(self, x_GN: Tensor) -> Tensor:
         """`decode(encode(x))` with parameters fitted to x, float32. Formats replace it with a faster equal."""

@@ -19,6 +19,9 @@ class IntegerFormat(Format):
     q = clip(round(x / s) + z, 0, 2^bits - 1), where [l, u] is the range of the group with 0. Codes and zero points are
     kept less 2^(bits-1), in signed integers, which changes no q - z.
     Symmetric: s = max|x| / (2^(bits-1) - 1); it needs 2 bits or more.
+    Symmetric with `full_range`, the convention of the original GPTQ code: s = max|x| / ((2^bits - 1) / 2) and q from
+    -2^(bits-1) to 2^(bits-1) - 1. Its steps are finer by one part in 2^bits - 1, and the largest number of a range is
+    clipped by half a step where it is positive. It has no name in FORMATS.
 
     A group whose numbers are all c has scale |c| and code +-1, so that c comes back exactly (to the rounding of a
     stored scale to float16), which s * (2^bits - 1) would not give. A group of zeros has scale 1. Scales below 1e-38
@@ -27,8 +30,11 @@ class IntegerFormat(Format):
 
     bits: int
     symmetric: bool = False
+    full_range: bool = False
 
     def __post_init__(self) -> None:
+        if self.full_range and not self.symmetric:
+            raise ValueError("full_range is for symmetric integers; asymmetric ones use all of their codes anyway")
         lowest = 2 if self.symmetric else 1
         if not lowest <= self.bits <= 16:
             kind = "symmetric" if self.symmetric else "asymmetric"
@@ -45,7 +51,7 @@ class IntegerFormat(Format):
     @property
     def lowest(self) -> int:
         """The smallest code."""
-        return -self.highest if self.symmetric else -(2 ** (self.bits - 1))
+        return -self.highest if self.symmetric and not self.full_range else -(2 ** (self.bits - 1))
 
     @property
     def highest(self) -> int:
@@ -70,6 +76,13 @@ class IntegerFormat(Format):
             q_GN.sub_(params["zero_G1"])
         return q_GN.mul_(params["scale_G1"].to(torch.float32))
 
+    def nearest(self, x_GN: Tensor, params: Params) -> Tensor:
+        scale_G1 = params["scale_G1"].to(torch.float32)
+        q_GN = (x_GN / scale_G1).round_()
+        if self.symmetric:
+            return q_GN.clamp_(self.lowest, self.highest).mul_(scale_G1)
+        return q_GN.add_(params["zero_G1"]).clamp_(self.lowest, self.highest).sub_(params["zero_G1"]).mul_(scale_G1)
+
     def fake(self, x_GN: Tensor) -> Tensor:
         # Rounded numbers stay floats, and the zero point moves from the numbers to their bounds. Only the upper bound
         # can be passed, where -l/s and u/s are both rounded up. On a CPU `torch.aminmax` and `clamp` with tensor bounds
@@ -78,6 +91,8 @@ class IntegerFormat(Format):
         q_GN = (x_GN / scale_G1).round_()
         if bottom_G1 is not None:
             torch.minimum(q_GN, bottom_G1.add_(self.highest - self.lowest), out=q_GN)
+        elif self.full_range:
+            q_GN.clamp_max_(self.highest)
         return q_GN.mul_(scale_G1)
 
     def _range(self, x_GN: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +101,8 @@ class IntegerFormat(Format):
         constant_G1 = low_G1 == high_G1
         if self.symmetric:
             width_G1 = torch.maximum(high_G1, -low_G1)
-            return nonzero(torch.where(constant_G1, width_G1, width_G1 / self.highest)), None
+            largest = self.highest + 0.5 * self.full_range
+            return nonzero(torch.where(constant_G1, width_G1, width_G1 / largest)), None
         low_G1 = low_G1.clamp_max_(0)
         width_G1 = high_G1.clamp_min_(0) - low_G1
         scale_G1 = nonzero(torch.where(constant_G1, width_G1, width_G1 / (2**self.bits - 1)))

@@ -5,6 +5,7 @@ Legend: B images, C channels and H = W side of what is denoised.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,6 +71,9 @@ class UNetState(NamedTuple):
     noise: Noise
 
 
+_MODULE = re.compile(r"unet\.\w+_block(s\.\d+)?\.(resnets|attentions|downsamplers|upsamplers)\.\d+")
+
+
 class DDPM(ImageGenerator[UNetState]):
     """A UNet that denoises pixels. It has no classes: the only label is 0, "whatever it draws".
 
@@ -116,6 +120,14 @@ class DDPM(ImageGenerator[UNetState]):
     @property
     def _by_ddim(self) -> bool:
         return self.sampling.sampler == "ddim"
+
+    blocks_are_chained = False
+
+    @property
+    def blocks(self) -> list[str]:
+        """Residual blocks, transformers and convolutions that change the side, in order of execution."""
+        found = (_MODULE.match(site.name) for site in self.sites())
+        return list(dict.fromkeys(match.group() for match in found if match))
 
     @property
     def num_steps(self) -> int:

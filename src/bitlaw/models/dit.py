@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder
-from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.generator import Absorber, Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.networks.dit import (
     Classes,
     DiffusionTransformer,
@@ -149,18 +149,29 @@ class DiT(ImageGenerator[DiTState]):
             Site("t_embedder.mlp.2", "embed", None, "embed", per_step),
             *(site for i in range(self.net.config.depth) for site in self._block_sites(i, per_step, per_token)),
             Site("final_layer.adaLN_modulation.1", "adaln", None, "head", per_step),
-            Site("final_layer.linear", "head", None, "head", per_token),
+            Site(
+                "final_layer.linear",
+                "head",
+                None,
+                "head",
+                per_token,
+                Absorber.modulation("final_layer.adaLN_modulation.1", self.net.config.width, gain=1, shift=0),
+            ),
         ]
 
     def _patch_site(self, per_token: int) -> Site:
         return Site("x_embedder.proj", "embed", None, "embed", per_token)
 
     def _block_sites(self, index: int, per_step: int, per_token: int) -> list[Site]:
+        width, adaln = self.net.config.width, f"blocks.{index}.adaLN_modulation.1"
+        before_attention = Absorber.modulation(adaln, width, gain=1, shift=0)
+        values = Absorber.rows(f"blocks.{index}.attn.qkv", 2 * width, 3 * width, shifts=True)
+        before_mlp = Absorber.modulation(adaln, width, gain=4, shift=3)
         return [
-            Site(f"blocks.{index}.adaLN_modulation.1", "adaln", index, "blocks", per_step),
-            Site(f"blocks.{index}.attn.qkv", "qkv", index, "blocks", per_token),
-            Site(f"blocks.{index}.attn.proj", "proj", index, "blocks", per_token),
-            Site(f"blocks.{index}.mlp.fc1", "fc1", index, "blocks", per_token),
+            Site(adaln, "adaln", index, "blocks", per_step),
+            Site(f"blocks.{index}.attn.qkv", "qkv", index, "blocks", per_token, before_attention),
+            Site(f"blocks.{index}.attn.proj", "proj", index, "blocks", per_token, values),
+            Site(f"blocks.{index}.mlp.fc1", "fc1", index, "blocks", per_token, before_mlp),
             Site(f"blocks.{index}.mlp.fc2", "fc2", index, "blocks", per_token),
         ]
 

@@ -16,6 +16,7 @@ Legend: B images, L tokens of a step, V vocabulary, C channels, H height, W widt
 """
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,62 @@ from bitlaw.names import lookup, unknown_name
 from bitlaw.quantized import QuantLayer
 
 Phase = Literal["embed", "blocks", "head"]
+
+_NUMBERED = re.compile(r".*?\.\d+(?=\.)")
 Labels = Sequence[int | str] | Tensor
+
+
+@dataclass(frozen=True)
+class AbsorberPart:
+    """Parameters that every channel of a site's input is made with, in the order of the channels.
+
+    module: dotted path inside the network
+    role: how they enter: "rows" are outputs r of a linear, as a factor or a summand; "gain" are outputs of one that
+          enter as the factor 1 + r; "norm" are weight and, where there is one, bias of a normalisation
+    rows: first and last + 1 output of the linear; None for all
+    """
+
+    module: str
+    role: Literal["rows", "gain", "norm"]
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """What lies before a site and can make (x - shift) / scale of its input x, each channel on its own.
+
+    All parts together do it, and nothing else depends on them than the sites that have this absorber, which therefore
+    share the scale. A shift goes to the parts that are no gain.
+
+    shifts: whether a shift can be absorbed too
+    """
+
+    parts: tuple[AbsorberPart, ...]
+    shifts: bool
+
+    @classmethod
+    def norm(cls, module: str, shifts: bool = True) -> Self:
+        """A normalisation, which must have a weight; a bias as well if it `shifts`."""
+        return cls((AbsorberPart(module, "norm"),), shifts)
+
+    @classmethod
+    def rows(cls, module: str, first: int, end: int, shifts: bool) -> Self:
+        """Some outputs of a linear: those that become the values of an attention, or a factor of a gated unit.
+
+        Weights of an attention add up to 1, so that a shift of values is one of its output.
+        """
+        return cls((AbsorberPart(module, "rows", (first, end)),), shifts)
+
+    @classmethod
+    def modulation(cls, module: str, width: int, gain: int, shift: int) -> Self:
+        """A linear of the condition whose outputs are parts of `width`: x = norm * (1 + part `gain`) + part `shift`."""
+        return cls(
+            (
+                AbsorberPart(module, "gain", (gain * width, (gain + 1) * width)),
+                AbsorberPart(module, "rows", (shift * width, (shift + 1) * width)),
+            ),
+            shifts=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +103,7 @@ class Site:
     phase: "embed" (before the blocks), "blocks", "head" (after them)
     uses: rows of activation that pass through it per generated image: tokens x steps, per guidance branch; of a
           convolution, positions of its output x steps
+    absorber: what can rescale its input, exactly, in full precision; None if nothing before it can
     """
 
     name: str
@@ -54,6 +111,7 @@ class Site:
     block: int | None
     phase: Phase
     uses: int
+    absorber: Absorber | None = None
 
 
 class Noise:
@@ -256,6 +314,22 @@ class ImageGenerator(ABC, Generic[StateT]):
     @abstractmethod
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Validation loss of each image (B,), teacher forced, no label dropped."""
+
+    blocks_are_chained: ClassVar[bool] = True
+    """Whether a block's first input is the output of the block before it, and the output has that input's shape."""
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the modules that are quantized one after the other, in order of execution.
+
+        Those that a site's name first has a number in; what a block needs beside its first input depends on no other.
+        """
+        found = (_NUMBERED.match(site.name) for site in self.sites() if site.block is not None)
+        return list(dict.fromkeys(match.group() for match in found if match))
+
+    def with_cache(self, state: StateT, cache: Any) -> StateT:
+        """`state` with another cache of what earlier steps left, None for none; families without one ignore it."""
+        return state
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ from typing import Any
 
 from bitlaw.models.autoencoders import Autoencoder
 from bitlaw.models.dit import DiT, DiTSampling, classes_of, learns_sigma
-from bitlaw.models.generator import Site
+from bitlaw.models.generator import Absorber, Site
 from bitlaw.models.networks.dit import DiffusionTransformer, TransformerConfig
 from bitlaw.models.networks.large_dit import LargeDiTConfig, LargeDiTTransformer
 from bitlaw.models.official import WeightsFile
@@ -48,15 +48,21 @@ class LargeDiT(DiT):
         return Site("x_embedder", "embed", None, "embed", per_token)
 
     def _block_sites(self, index: int, per_step: int, per_token: int) -> list[Site]:
+        config, adaln = self.net.config, f"layers.{index}.adaLN_modulation.1"
+        assert isinstance(config, LargeDiTConfig)
+        before_attention = Absorber.modulation(adaln, config.width, gain=1, shift=0)
+        values = Absorber.rows(f"layers.{index}.attention.wv", 0, config.width, shifts=False)
+        before_mlp = Absorber.modulation(adaln, config.width, gain=4, shift=3)
+        gated = Absorber.rows(f"layers.{index}.feed_forward.w3", 0, config.hidden, shifts=False)
         return [
-            Site(f"layers.{index}.adaLN_modulation.1", "adaln", index, "blocks", per_step),
-            Site(f"layers.{index}.attention.wq", "qkv", index, "blocks", per_token),
-            Site(f"layers.{index}.attention.wk", "kv", index, "blocks", per_token),
-            Site(f"layers.{index}.attention.wv", "kv", index, "blocks", per_token),
-            Site(f"layers.{index}.attention.wo", "proj", index, "blocks", per_token),
-            Site(f"layers.{index}.feed_forward.w1", "fc1", index, "blocks", per_token),
-            Site(f"layers.{index}.feed_forward.w3", "fc1", index, "blocks", per_token),
-            Site(f"layers.{index}.feed_forward.w2", "fc2", index, "blocks", per_token),
+            Site(adaln, "adaln", index, "blocks", per_step),
+            Site(f"layers.{index}.attention.wq", "qkv", index, "blocks", per_token, before_attention),
+            Site(f"layers.{index}.attention.wk", "kv", index, "blocks", per_token, before_attention),
+            Site(f"layers.{index}.attention.wv", "kv", index, "blocks", per_token, before_attention),
+            Site(f"layers.{index}.attention.wo", "proj", index, "blocks", per_token, values),
+            Site(f"layers.{index}.feed_forward.w1", "fc1", index, "blocks", per_token, before_mlp),
+            Site(f"layers.{index}.feed_forward.w3", "fc1", index, "blocks", per_token, before_mlp),
+            Site(f"layers.{index}.feed_forward.w2", "fc2", index, "blocks", per_token, gated),
         ]
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder
 from bitlaw.models.autoencoders.token_vq import TokenVQ
-from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.generator import Absorber, Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.networks.llamagen import LlamaGenConfig, LlamaGenTransformer, Memory, TextEmbedding
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.guidance import check_guidance, guide
@@ -160,14 +160,18 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
             if self.is_text_conditional
         ]
         for i in range(config.depth):
+            before_attention = Absorber.norm(f"layers.{i}.attention_norm", shifts=False)
+            values = Absorber.rows(f"layers.{i}.attention.wqkv", 2 * config.width, 3 * config.width, shifts=False)
+            before_mlp = Absorber.norm(f"layers.{i}.ffn_norm", shifts=False)
+            gated = Absorber.rows(f"layers.{i}.feed_forward.w3", 0, config.hidden, shifts=False)
             sites += [
-                Site(f"layers.{i}.attention.wqkv", "qkv", i, "blocks", fed),
-                Site(f"layers.{i}.attention.wo", "proj", i, "blocks", fed),
-                Site(f"layers.{i}.feed_forward.w1", "fc1", i, "blocks", fed),
-                Site(f"layers.{i}.feed_forward.w3", "fc1", i, "blocks", fed),
-                Site(f"layers.{i}.feed_forward.w2", "fc2", i, "blocks", fed),
+                Site(f"layers.{i}.attention.wqkv", "qkv", i, "blocks", fed, before_attention),
+                Site(f"layers.{i}.attention.wo", "proj", i, "blocks", fed, values),
+                Site(f"layers.{i}.feed_forward.w1", "fc1", i, "blocks", fed, before_mlp),
+                Site(f"layers.{i}.feed_forward.w3", "fc1", i, "blocks", fed, before_mlp),
+                Site(f"layers.{i}.feed_forward.w2", "fc2", i, "blocks", fed, gated),
             ]
-        return [*sites, Site("output", "head", None, "head", config.num_tokens)]
+        return [*sites, Site("output", "head", None, "head", config.num_tokens, Absorber.norm("norm", shifts=False))]
 
     # ---- conditions ------------------------------------------------------------------------------
 
@@ -240,6 +244,10 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
             raise ValueError("this LlamaGen has no row for no class in its class table; guidance must be 1")
         tokens_Bn = torch.empty(len(labels_B), 0, dtype=torch.int64, device=self.device)
         return LlamaGenState(labels_B, tokens_Bn, None, noise)
+
+    def with_cache(self, state: LlamaGenState, cache: Any) -> LlamaGenState:
+        """`state` with another memory."""
+        return state._replace(memory=cache)
 
     def extract(self, state: LlamaGenState, step: int) -> Extracted:
         """Guided logits (B, 1, V) of token `step`, before temperature and filters; the cache is the grown memory."""

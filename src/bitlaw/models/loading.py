@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bitlaw.install import install
+from bitlaw.install import SiteParts, install
 from bitlaw.models import FAMILIES
 from bitlaw.models.autoencoders import Autoencoder, open_autoencoder
 from bitlaw.models.generator import ImageGenerator
@@ -29,7 +29,6 @@ from bitlaw.models.storage import (
 from bitlaw.names import lookup, unknown_name
 from bitlaw.packing import unpack_network
 from bitlaw.precision import BitPlan
-from bitlaw.quantized import QuantizedTensor
 
 LADDER_PREFIX = "ladder/"
 NO_TOKENIZER = "none"
@@ -156,11 +155,11 @@ def _load_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> ImageGen
         raise ValueError(f"{directory / CONFIG_FILE}: names no family; is it a checkpoint of bitlaw?")
     family = lookup(FAMILIES, config["family"], f"family in {directory / CONFIG_FILE}")
     plan: BitPlan | None = None
-    quantized: dict[str, QuantizedTensor] = {}
+    parts: dict[str, SiteParts] = {}
     try:
         if quantization is not None:
             plan = _read_plan(quantization, directory / QUANTIZATION_FILE)
-            quantized, tensors = unpack_network(tensors, plan)
+            parts, tensors = unpack_network(tensors, plan)
         model = family.from_checkpoint(config, tensors, dtype)
     except KeyError as error:
         raise ValueError(f"{directory / CONFIG_FILE}: {error} is missing") from None
@@ -170,7 +169,7 @@ def _load_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> ImageGen
     model.provenance = {"source": name}
     if quantization is not None:
         assert plan is not None
-        model.net = install(model.net, plan, quantized, model.clock)
+        model.net = install(model.net, plan, parts, model.clock)
         model.provenance = quantization.get("provenance", {})
     return model
 

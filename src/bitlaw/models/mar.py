@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder
-from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.generator import Absorber, Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.networks.mar import MARConfig, MARTransformer, visible_positions
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.diffusion import Diffusion, Losses
@@ -158,18 +158,23 @@ class MAR(ImageGenerator[MARState]):
         encoded, decoded = visible + steps * buffer, steps * (length + buffer)
         timesteps, denoised = steps * self.spaced.num_steps, length * self.spaced.num_steps
 
+        def modulation(module: str) -> Absorber:
+            return Absorber.modulation(module, config.head_width, gain=1, shift=0)
+
         def block(prefix: str, index: int, rows: int, rows_after_attention: int) -> list[Site]:
+            width, norm = config.width, Absorber.norm
+            values = Absorber.rows(f"{prefix}.attn.qkv", 2 * width, 3 * width, shifts=True)
             return [
-                Site(f"{prefix}.attn.qkv", "qkv", index, "blocks", rows),
-                Site(f"{prefix}.attn.proj", "proj", index, "blocks", rows_after_attention),
-                Site(f"{prefix}.mlp.fc1", "fc1", index, "blocks", rows_after_attention),
+                Site(f"{prefix}.attn.qkv", "qkv", index, "blocks", rows, norm(f"{prefix}.norm1")),
+                Site(f"{prefix}.attn.proj", "proj", index, "blocks", rows_after_attention, values),
+                Site(f"{prefix}.mlp.fc1", "fc1", index, "blocks", rows_after_attention, norm(f"{prefix}.norm2")),
                 Site(f"{prefix}.mlp.fc2", "fc2", index, "blocks", rows_after_attention),
             ]
 
         sites = [Site("z_proj", "embed", None, "embed", visible)]
         for i in range(config.encoder_depth):
             sites += block(f"encoder_blocks.{i}", i, encoded, encoded)
-        sites.append(Site("decoder_embed", "embed", None, "embed", encoded))
+        sites.append(Site("decoder_embed", "embed", None, "embed", encoded, Absorber.norm("encoder_norm")))
         for i in range(config.decoder_depth):
             rows = length if i == config.decoder_depth - 1 else decoded
             sites += block(f"decoder_blocks.{i}", config.encoder_depth + i, decoded, rows)
@@ -181,15 +186,17 @@ class MAR(ImageGenerator[MARState]):
         ]
         for i in range(config.head_depth):
             index = config.encoder_depth + config.decoder_depth + i
+            adaln = f"{head}.res_blocks.{i}.adaLN_modulation.1"
             sites += [
-                Site(f"{head}.res_blocks.{i}.adaLN_modulation.1", "adaln", index, "blocks", denoised),
-                Site(f"{head}.res_blocks.{i}.mlp.0", "fc1", index, "blocks", denoised),
+                Site(adaln, "adaln", index, "blocks", denoised),
+                Site(f"{head}.res_blocks.{i}.mlp.0", "fc1", index, "blocks", denoised, modulation(adaln)),
                 Site(f"{head}.res_blocks.{i}.mlp.2", "fc2", index, "blocks", denoised),
             ]
+        adaln = f"{head}.final_layer.adaLN_modulation.1"
         return [
             *sites,
-            Site(f"{head}.final_layer.adaLN_modulation.1", "adaln", None, "head", denoised),
-            Site(f"{head}.final_layer.linear", "head", None, "head", denoised),
+            Site(adaln, "adaln", None, "head", denoised),
+            Site(f"{head}.final_layer.linear", "head", None, "head", denoised, modulation(adaln)),
         ]
 
     def start(self, labels_B: Tensor, noise: Noise) -> MARState:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder, VQTokenizer
-from bitlaw.models.generator import Extracted, ImageGenerator, Labels, Noise, Site, StepClock
+from bitlaw.models.generator import Absorber, Extracted, ImageGenerator, Labels, Noise, Site, StepClock
 from bitlaw.models.networks.var import Memory, VARConfig, VARTransformer, from_official, official_buffers, to_official
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.parts.guidance import check_guidance, guide, ramp
@@ -126,7 +126,11 @@ class VAR(ImageGenerator[VARState]):
     def sites(self) -> list[Site]:
         """Every linear, in the order of the network. Modulations are computed once for an image."""
         config = self.net.config
-        length = config.num_tokens
+        length, width = config.num_tokens, config.width
+
+        def modulation(module: str, gain: int, shift: int) -> Absorber | None:
+            return None if config.shared_adaln else Absorber.modulation(module, width, gain, shift)
+
         sites = [Site("word_embed", "embed", None, "embed", length - 1)]
         if config.shared_adaln:
             sites.append(Site("shared_ada_lin.1", "adaln", None, "blocks", 1))
@@ -134,15 +138,22 @@ class VAR(ImageGenerator[VARState]):
             if not config.shared_adaln:
                 sites.append(Site(f"blocks.{i}.ada_lin.1", "adaln", i, "blocks", 1))
             sites += [
-                Site(f"blocks.{i}.attn.mat_qkv", "qkv", i, "blocks", length),
-                Site(f"blocks.{i}.attn.proj", "proj", i, "blocks", length),
-                Site(f"blocks.{i}.ffn.fc1", "fc1", i, "blocks", length),
+                Site(f"blocks.{i}.attn.mat_qkv", "qkv", i, "blocks", length, modulation(f"blocks.{i}.ada_lin.1", 2, 4)),
+                Site(
+                    f"blocks.{i}.attn.proj",
+                    "proj",
+                    i,
+                    "blocks",
+                    length,
+                    Absorber.rows(f"blocks.{i}.attn.mat_qkv", 2 * width, 3 * width, shifts=True),
+                ),
+                Site(f"blocks.{i}.ffn.fc1", "fc1", i, "blocks", length, modulation(f"blocks.{i}.ada_lin.1", 3, 5)),
                 Site(f"blocks.{i}.ffn.fc2", "fc2", i, "blocks", length),
             ]
         return [
             *sites,
             Site("head_nm.ada_lin.1", "adaln", None, "head", 1),
-            Site("head", "head", None, "head", length),
+            Site("head", "head", None, "head", length, Absorber.modulation("head_nm.ada_lin.1", width, 0, 1)),
         ]
 
     def start(self, labels_B: Tensor, noise: Noise) -> VARState:
@@ -151,6 +162,10 @@ class VAR(ImageGenerator[VARState]):
         latent_BZhw = torch.zeros(len(labels_B), self.net.config.latent_channels, side, side, device=labels_B.device)
         given = self.given.of_images(noise.image_ids_B) if self.given else None
         return VARState(labels_B, latent_BZhw, (), None, noise, given)
+
+    def with_cache(self, state: VARState, cache: Any) -> VARState:
+        """`state` with another memory."""
+        return state._replace(memory=cache)
 
     def extract(self, state: VARState, step: int) -> Extracted:
         """Guided logits (B, N, V) of a stage, before filters; the cache is the grown memory."""

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bitlaw.models.generator import ImageGenerator, Site
-from bitlaw.precision import step_group
+from bitlaw.packing import companion_bits, parts_of
+from bitlaw.precision import Precision, step_group
 from bitlaw.quantized import QuantConv2d, QuantLayer
 
 SCALE_BITS = 16  # of a dynamic activation range: a float16 scale, and with it a zero point of the codes' width
@@ -61,6 +62,16 @@ class SiteBits:
     activation_code_bits: float
     activation_bits: float
     precision: str
+    branch_numbers: int = 0
+    """Numbers of a branch of low rank, which computes in full precision."""
+
+    def compute_bits(self, full: int) -> float:
+        """Weights x bits of a weight x bits of an activation; `full` are those of what is not quantized."""
+        return self.num_weights * self.weight_bits * self.activation_bits + self.branch_numbers * full * full
+
+    def compute_code_bits(self, full: int) -> float:
+        """The same with codes only."""
+        return self.num_weights * self.weight_code_bits * self.activation_code_bits + self.branch_numbers * full * full
 
 
 def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
@@ -72,8 +83,10 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
         assert isinstance(layer, nn.Linear | nn.Conv2d | QuantLayer)
         num_weights = layer.weight.numel()
         weight_code_bits = weight_bits = activation_code_bits = activation_bits = float(full)
-        precision = "W16A16"
+        precision, branch_numbers = "W16A16", 0
         if isinstance(layer, QuantLayer):
+            if layer.branch is not None:
+                branch_numbers = layer.branch.down_RI.numel() + layer.branch.up_OR.numel()
             precision = " ".join(dict.fromkeys(map(str, layer.precisions)))
             if layer.quantized is not None:
                 weight_code_bits = layer.quantized.spec.format.code_bits
@@ -82,13 +95,27 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
                 layer.precisions[step_group(layer.input_quant.step_groups, step)] for step in range(model.num_steps)
             ]
             activation_code_bits = sum(p.activation_bits for p in steps) / len(steps)
-            overhead = [p.activation_bits + SCALE_BITS if p.activation else 0.0 for p in steps]
+            overhead = [p.activation_bits + SCALE_BITS if is_dynamic(p) else 0.0 for p in steps]
             size = _range_size(layer, site, model.num_steps)
             activation_bits = activation_code_bits + sum(overhead) / len(steps) / size
         counted.append(
-            SiteBits(site, num_weights, weight_code_bits, weight_bits, activation_code_bits, activation_bits, precision)
+            SiteBits(
+                site,
+                num_weights,
+                weight_code_bits,
+                weight_bits,
+                activation_code_bits,
+                activation_bits,
+                precision,
+                branch_numbers,
+            )
         )
     return counted
+
+
+def is_dynamic(precision: Precision) -> bool:
+    """Whether activations come with ranges of their own, which are part of them; static ones are part of the model."""
+    return precision.activation is not None and precision.activation.group_size != "static"
 
 
 def _range_size(layer: QuantLayer, site: Site, num_steps: int) -> float:
@@ -103,26 +130,26 @@ def count_bits(model: ImageGenerator[Any]) -> BitCount:
     """Both budgets of a model, from its tensors."""
     full = _storage_bits(model)
     kept = sum(tensor.numel() for tensor in model.to_tensors().values())
-    layers = [m for m in model.net.modules() if isinstance(m, QuantLayer) and m.quantized is not None]
-    stored = codes = weights = 0.0
+    layers = [m for m in model.net.modules() if isinstance(m, QuantLayer)]
+    stored = codes = weights = beside = 0.0
     for layer in layers:
-        assert layer.quantized is not None
+        beside += companion_bits(parts_of(layer))
+        if layer.quantized is None:
+            continue
         numel = layer.weight.numel()
         stored += layer.quantized.bits().total
         codes += numel * layer.quantized.spec.format.code_bits
         weights += numel
     sites = site_bits(model)
     return BitCount(
-        model_bits=stored + kept * full,
-        model_code_bits=codes + kept * full,
+        model_bits=stored + beside + kept * full,
+        model_code_bits=codes + (kept + sum(s.branch_numbers for s in sites)) * full,
         quantized_bits=stored,
         quantized_code_bits=codes,
-        compute_bits=sum(s.num_weights * s.weight_bits * s.activation_bits for s in sites),
-        compute_code_bits=sum(s.num_weights * s.weight_code_bits * s.activation_code_bits for s in sites),
-        compute_bits_used=sum(s.site.uses * s.num_weights * s.weight_bits * s.activation_bits for s in sites),
-        compute_code_bits_used=sum(
-            s.site.uses * s.num_weights * s.weight_code_bits * s.activation_code_bits for s in sites
-        ),
+        compute_bits=sum(s.compute_bits(full) for s in sites),
+        compute_code_bits=sum(s.compute_code_bits(full) for s in sites),
+        compute_bits_used=sum(s.site.uses * s.compute_bits(full) for s in sites),
+        compute_code_bits_used=sum(s.site.uses * s.compute_code_bits(full) for s in sites),
         parameters=int(kept + weights),
     )
 

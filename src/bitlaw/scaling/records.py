@@ -6,6 +6,7 @@ DIR/samples/<stem>.png        the cell's first images
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,12 +17,17 @@ from bitlaw.files import write_json, write_with
 SAMPLE_TILES = (12, 2)  # columns, rows of a cell's sample picture
 
 
+_PAIRS = ("sampling", "options", "calibration")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of a study: which model at which precision by which method, and the protocol of its evaluation.
 
     sampling: settings that replace those of the model's own sampler (guidance, num_steps, recipe ...)
     options: what `load` is given beside the name (tokenizer, dtype, device ...)
+    calibration: settings of `Calibration` for methods and ranges that need it
+    step_groups: how many groups of steps have static activation ranges of their own
     """
 
     model: str
@@ -35,24 +41,25 @@ class Cell:
     features: str = "ladder"
     sampling: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    calibration: tuple[tuple[str, Any], ...] = ()
+    step_groups: int = 1
 
     @property
     def stem(self) -> str:
         """The name of the cell's files."""
-        return "--".join(
-            [self.model.rsplit("/", 1)[-1], self.precision, self.method.replace(":", "-"), f"s{self.seed}"]
-        )
+        method = re.sub(r"[^\w.+-]", "-", self.method)
+        return "--".join([self.model.rsplit("/", 1)[-1], self.precision, method, f"s{self.seed}"])
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON."""
-        return {**asdict(self), "sampling": dict(self.sampling), "options": dict(self.options)}
+        return {**asdict(self), **{name: dict(getattr(self, name)) for name in _PAIRS}}
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         """The cell of a configuration; keys that are results, not settings, are left out."""
         known = {f.name for f in fields(cls)}
         settings = {k: v for k, v in config.items() if k in known}
-        pairs = {key: as_pairs(settings.get(key, {})) for key in ("sampling", "options")}
+        pairs = {key: as_pairs(settings.get(key, {})) for key in _PAIRS}
         return cls(**{**settings, **pairs})
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitlaw.calibration.settings import Calibration
 from bitlaw.engine import Engine, LocalEngine
 from bitlaw.ladder import data
 from bitlaw.methods import METHODS
+from bitlaw.methods.chain import parse_method
 from bitlaw.methods.quantize import check_quantizable, quantize
 from bitlaw.metrics.evaluation import (
     Reference,
@@ -37,7 +39,7 @@ from bitlaw.metrics.protocol import score_json
 from bitlaw.metrics.samples import image_grid
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.models.loading import load
-from bitlaw.names import lookup
+from bitlaw.names import check_keywords
 from bitlaw.precision import Precision
 from bitlaw.scaling.bits import count_bits
 from bitlaw.scaling.records import SAMPLE_TILES, Cell, Record, StudyDirectory, as_pairs
@@ -52,6 +54,10 @@ class Study:
     num_validation: images for the validation loss; they are the ladder's, so models of other images need 0
     sampling: settings of every model's sampler (`{"recipe": "paper"}`)
     options: what `load` is given beside each name (`{"device": "cuda", "dtype": "bfloat16"}`)
+    methods: names with settings, and chains (`smoothquant+gptq`); rtn alone is not calibrated
+    methods_at: other methods at some precisions (`{"W8A8": ("rtn", "smoothquant")}`)
+    calibration: settings of `Calibration` (`{"num_images": 128}`)
+    step_groups: how many groups of steps have static activation ranges of their own
     """
 
     name: str
@@ -67,11 +73,18 @@ class Study:
     description: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    methods_at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    step_groups: int = 1
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every precision with each of its methods."""
+        return [(precision, m) for precision in self.precisions for m in self.methods_at.get(precision, self.methods)]
 
     def cells(self) -> list[Cell]:
         """Every cell of the grid."""
         cells: dict[Cell, None] = {}
-        for model, precision, method, seed in product(self.models, self.precisions, self.methods, self.seeds):
+        for model, (precision, method), seed in product(self.models, self.pairs(), self.seeds):
             parsed = Precision.parse(precision)
             cell = Cell(
                 model,
@@ -85,14 +98,19 @@ class Study:
                 self.features,
                 as_pairs(self.sampling),
                 as_pairs(self.options),
+                as_pairs(self.calibration),
+                self.step_groups,
             )
             cells[cell] = None
         return list(cells)
 
     def check(self) -> None:
         """Raise one ValueError for everything that would fail: names, precisions, group sizes, too few images."""
-        for method in self.methods:
-            lookup(METHODS, method, "method")
+        for _, method in self.pairs():
+            parse_method(method, METHODS)
+        check_keywords(self.precisions, self.methods_at, "precision of the study")
+        check_keywords(Calibration.__dataclass_fields__, self.calibration, "calibration setting")
+        Calibration(**self.calibration)
         network = feature_network(self.features)
         reference = load_reference(self.reference, network)
         needed = reference.pooled.num_features + 1
@@ -111,11 +129,13 @@ class Study:
                 )
             if not model.num_classes:
                 problems.append(f"{name}: draws from text, and a study draws from classes")
-            for precision in self.precisions:
+            for precision, method in self.pairs():
+                if (parsed := Precision.parse(precision)).is_full:
+                    continue
                 try:
-                    check_quantizable(model, Precision.parse(precision), self.protect)
+                    check_quantizable(model, parsed, self.protect, method, self.step_groups)
                 except ValueError as error:
-                    problems.append(f"{name} at {precision}: {error}")
+                    problems.append(f"{name} at {precision} by {method}: {error}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -143,7 +163,14 @@ def run_cell(cell: Cell) -> CellResult:
     model = load(cell.model, **dict(cell.options)).with_sampling(**dict(cell.sampling))
     parameters = sum(p.numel() for p in model.net.parameters())
     if not (precision := Precision.parse(cell.precision)).is_full:
-        model = quantize(model, precision, method=cell.method, protect=cell.protect)
+        model = quantize(
+            model,
+            precision,
+            method=cell.method,
+            protect=cell.protect,
+            calibration=Calibration(**dict(cell.calibration)),
+            step_groups=cell.step_groups,
+        )
     bits = count_bits(model)
     columns, rows = SAMPLE_TILES
     labels = cyclic_labels(cell.num_images, model.num_classes)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from bitlaw.models.generator import Site
+from bitlaw.models.generator import Absorber, Site
 from bitlaw.models.parts.attention import attend
 from bitlaw.models.parts.group_norm import make_exact
 
@@ -139,8 +140,8 @@ class AttentionOperands:
 def _block_sites(name: str, block: Any, index: int, side: int) -> Generator[Site, None, int]:
     """The sites of a block whose input has this side; returns the side of its output."""
 
-    def site(path: str, kind: str, uses: int) -> Site:
-        return Site(f"{name}.{path}", kind, index, "blocks", uses)
+    def site(path: str, kind: str, uses: int, absorber: Absorber | None = None) -> Site:
+        return Site(f"{name}.{path}", kind, index, "blocks", uses, absorber)
 
     def resnet_sites(path: str, resnet: Any, side: int) -> Iterator[Site]:
         yield site(f"{path}.conv1", "conv1", side * side)
@@ -149,23 +150,35 @@ def _block_sites(name: str, block: Any, index: int, side: int) -> Generator[Site
         if resnet.conv_shortcut is not None:
             yield site(f"{path}.conv_shortcut", "shortcut", side * side)
 
-    def attention_sites(path: str, kv_uses: int) -> Iterator[Site]:
-        yield site(f"{path}.to_q", "qkv", side * side)
-        yield site(f"{path}.to_k", "kv", kv_uses)
-        yield site(f"{path}.to_v", "kv", kv_uses)
-        yield site(f"{path}.to_out.0", "proj", side * side)
+    def attention_sites(
+        path: str, attention: Any, kv_uses: int, norm: Absorber | None, kv_norm: Absorber | None
+    ) -> Iterator[Site]:
+        yield site(f"{path}.to_q", "qkv", side * side, norm)
+        yield site(f"{path}.to_k", "kv", kv_uses, kv_norm)
+        yield site(f"{path}.to_v", "kv", kv_uses, kv_norm)
+        width, has_bias = attention.to_v.out_features, attention.to_v.bias is not None
+        values = Absorber.rows(f"{name}.{path}.to_v", 0, width, shifts=has_bias)
+        yield site(f"{path}.to_out.0", "proj", side * side, values)
 
     def mixer_sites(path: str, mixer: Any) -> Iterator[Site]:
         if isinstance(mixer, Attention):
-            yield from attention_sites(path, side * side)
+            norm = Absorber.norm(f"{name}.{path}.group_norm")
+            yield from attention_sites(path, mixer, side * side, norm, norm)
             return
-        yield site(f"{path}.proj_in", "proj_in", side * side)
-        for i in range(len(mixer.transformer_blocks)):
-            inner = f"{path}.transformer_blocks.{i}"
-            yield from attention_sites(f"{inner}.attn1", side * side)
-            yield from attention_sites(f"{inner}.attn2", 1)
-            yield site(f"{inner}.ff.net.0.proj", "fc1", side * side)
-            yield site(f"{inner}.ff.net.2", "fc2", side * side)
+        yield site(f"{path}.proj_in", "proj_in", side * side, Absorber.norm(f"{name}.{path}.norm"))
+        for i, inner in enumerate(mixer.transformer_blocks):
+            inside = f"{path}.transformer_blocks.{i}"
+            is_plain = inner.norm_type == "layer_norm" and inner.norm1.weight is not None and inner.pos_embed is None
+            is_plain &= not inner.only_cross_attention  # its keys are not those of norm1's output
+            norms = [Absorber.norm(f"{name}.{inside}.norm{j}") if is_plain else None for j in (1, 2, 3)]
+            yield from attention_sites(f"{inside}.attn1", inner.attn1, side * side, norms[0], norms[0])
+            yield from attention_sites(f"{inside}.attn2", inner.attn2, 1, norms[1], None)
+            yield site(f"{inside}.ff.net.0.proj", "fc1", side * side, norms[2])
+            gated = None
+            if isinstance(inner.ff.net[0], GEGLU):
+                width = inner.ff.net[2].in_features  # the first half is multiplied by GELU of the second
+                gated = Absorber.rows(f"{name}.{inside}.ff.net.0.proj", 0, width, shifts=False)
+            yield site(f"{inside}.ff.net.2", "fc2", side * side, gated)
         yield site(f"{path}.proj_out", "proj_out", side * side)
 
     mixers = list(getattr(block, "attentions", None) or [])  # one after each residual block, but not the middle's last

@@ -1,0 +1,257 @@
+"""Draw images with a model and record statistics of what enters its layers.
+
+Legend: R rows, I inputs of an output channel, C input channels, B images, H height, W width.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitlaw.calibration.histogram import Histogram
+from bitlaw.calibration.moments import Moments
+from bitlaw.calibration.settings import Calibration
+from bitlaw.calibration.stats import InputStats
+from bitlaw.models.generator import ImageGenerator, Noise, rollout
+from bitlaw.precision import step_group
+from bitlaw.quantized import QuantConv2d
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+log = logging.getLogger(__name__)
+
+
+def num_inputs(layer: nn.Module) -> int:
+    """I of a linear or convolution."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight[0].numel()
+
+
+@dataclass
+class _Seen:
+    """What has been seen enter one layer."""
+
+    moments: Moments | None = None
+    low_C: Tensor | None = None
+    high_C: Tensor | None = None
+    histograms_S: list[Histogram] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    num_sampled: int = 0
+    calls: int = 0
+    owed: float = 0.0
+    """Rows that earlier calls were to give to the moments and did not, being whole."""
+
+
+class Collector:
+    """Observes layers of a model while they run.
+
+    needs: fields of InputStats
+    expected_rows: of each layer, rows that will enter it in all; with them, rows for the moments are sampled
+    """
+
+    def __init__(
+        self,
+        model: ImageGenerator[Any],
+        names: Sequence[str],
+        needs: frozenset[str],
+        settings: Calibration,
+        step_groups: Sequence[int] = (0,),
+        expected_rows: Mapping[str, float] | None = None,
+    ):
+        self.model, self.needs, self.settings, self.step_groups = model, needs, settings, tuple(step_groups)
+        self.layers = {name: model.net.get_submodule(name) for name in names}
+        self.expected_rows = dict(expected_rows or {})
+        self.seen = {name: self._nothing(layer) for name, layer in self.layers.items()}
+        self._random = random.Random(settings.seed)
+
+    def _nothing(self, layer: nn.Module) -> _Seen:
+        seen = _Seen()
+        if {"second_moment_I", "hessian_II"} & self.needs:
+            seen.moments = Moments(num_inputs(layer), hessian="hessian_II" in self.needs)
+        if "histograms_S" in self.needs:
+            seen.histograms_S = [Histogram.empty() for _ in self.step_groups]
+        return seen
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the layers run inside of it, their inputs are recorded."""
+        hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            is_convolution = isinstance(layer, nn.Conv2d | QuantConv2d)
+            if (scaling := getattr(layer, "scaling", None)) is not None:
+                x = scaling.of_images(x) if is_convolution else scaling(x)
+            # Models run in inference mode; what is kept of them may be differentiated through later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._record(name, layer, x, is_convolution)
+            self.seen[name].calls += 1
+
+        return see
+
+    def _record(self, name: str, layer: nn.Module, x: Tensor, is_convolution: bool) -> None:
+        seen = self.seen[name]
+        if {"low_C", "high_C"} & self.needs:
+            over = (0, 2, 3) if is_convolution else tuple(range(x.ndim - 1))
+            low_C, high_C = x.amin(over).float(), x.amax(over).float()
+            seen.low_C = low_C if seen.low_C is None else seen.low_C.minimum(low_C)
+            seen.high_C = high_C if seen.high_C is None else seen.high_C.maximum(high_C)
+        if seen.histograms_S:
+            group = step_group(self.step_groups, self.model.clock.step)
+            ends = (float(low_C.min()), float(high_C.max())) if {"low_C", "high_C"} & self.needs else None
+            seen.histograms_S[group] = seen.histograms_S[group].add(x, ends)
+        count = _num_rows(layer, x)
+        expected = max(self.expected_rows.get(name, 0.0), 1.0)
+        if seen.moments is not None:
+            share = min(1.0, self.settings.rows_per_input * num_inputs(layer) / expected)
+            seen.owed += count * share
+            wanted = min(count, int(seen.owed + 1e-6))
+            seen.owed -= wanted
+            if wanted:
+                weight = 1.0 / wanted if self.settings.balanced_steps else count / wanted
+                for rows_RI in _rows(layer, x, self._choose(count, wanted)):
+                    seen.moments.add(rows_RI, weight)
+        if "rows_RI" in self.needs:
+            wanted = min(count, ceil(self.settings.sample_rows * count / max(expected, count)))
+            wanted = min(wanted, self.settings.sample_rows - seen.num_sampled)
+            if wanted > 0:
+                seen.num_sampled += wanted
+                # Copied: what is chosen may be a view of all that entered.
+                seen.rows += [part.float().clone() for part in _rows(layer, x, self._choose(count, wanted))]
+
+    def _choose(self, count: int, wanted: int) -> slice | None:
+        """Evenly spaced `wanted` of `count` rows, beginning anywhere; None for all."""
+        if wanted >= count:
+            return None
+        spacing = count // wanted
+        begin = self._random.randrange(count - spacing * (wanted - 1))
+        return slice(begin, begin + spacing * (wanted - 1) + 1, spacing)
+
+    def stats(self, optional: Sequence[str] = ()) -> dict[str, InputStats]:
+        """What was seen. ValueError names every layer that nothing entered, but `optional` ones."""
+        unreached = [name for name, seen in self.seen.items() if not seen.calls and name not in optional]
+        if unreached:
+            raise ValueError(
+                "\n".join(
+                    f"{name}: no calibration sample reached it; draw other labels, or protect it" for name in unreached
+                )
+            )
+        return {name: self._stats(seen) for name, seen in self.seen.items() if seen.calls}
+
+    def _stats(self, seen: _Seen) -> InputStats:
+        moments = seen.moments
+        return InputStats(
+            second_moment_I=moments.second_moment_I if moments else None,
+            hessian_II=moments.hessian_II if moments and "hessian_II" in self.needs else None,
+            low_C=seen.low_C,
+            high_C=seen.high_C,
+            rows_RI=torch.cat(seen.rows) if seen.rows else None,
+            histograms_S=tuple(seen.histograms_S) or None,
+            num_rows=moments.num_rows if moments else 0,
+        )
+
+
+def _num_rows(layer: nn.Module, x: Tensor) -> int:
+    """Rows of an input: one for each position of a linear's, one for each window of a convolution's."""
+    if not isinstance(layer, nn.Conv2d | QuantConv2d):
+        return x.numel() // x.shape[-1]
+    return len(x) * _positions(layer, x)
+
+
+def _positions(layer: Any, x_BCHW: Tensor) -> int:
+    sides = []
+    for i, size in enumerate(x_BCHW.shape[2:]):
+        reach = layer.dilation[i] * (layer.kernel_size[i] - 1) + 1
+        sides.append((size + 2 * layer.padding[i] - reach) // layer.stride[i] + 1)
+    return sides[0] * sides[1]
+
+
+def _rows(layer: Any, x: Tensor, chosen: slice | None) -> Iterator[Tensor]:
+    """The chosen rows (R, I) of an input, in parts; for a convolution image by image, as windows are many times it."""
+    chosen = chosen or slice(None)
+    if not isinstance(layer, nn.Conv2d | QuantConv2d):
+        yield x.reshape(-1, x.shape[-1])[chosen]
+        return
+    per_image = _positions(layer, x)
+    places = torch.arange(len(x) * per_image)[chosen]
+    for i, image in enumerate(x):
+        mine = places[(places >= i * per_image) & (places < (i + 1) * per_image)] - i * per_image
+        if len(mine):
+            reach: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            windows_RI = F.unfold(image[None], *reach)[0].T
+            yield windows_RI[mine.to(x.device)]
+
+
+def batches(model: ImageGenerator[Any], settings: Calibration) -> Iterator[tuple[Any, Noise]]:
+    """Labels and noise of each batch of the images that calibration draws. ValueError for a model of texts without."""
+    given: Sequence[int | str] = settings.labels
+    if not given:
+        if not model.num_classes:
+            raise ValueError("calibrating a model of texts needs prompts: Calibration(labels=(...))")
+        given = range(model.num_classes)
+    for begin in range(0, settings.num_images, settings.batch_size):
+        ids = range(begin, min(begin + settings.batch_size, settings.num_images))
+        labels_B = model.check_labels([given[i % len(given)] for i in ids])
+        yield labels_B, Noise(settings.seed, ids, model.device)
+
+
+def as_calibrated(model: ImageGenerator[Any], settings: Calibration) -> ImageGenerator[Any]:
+    """The model under the sampler settings of its calibration."""
+    return model.with_sampling(guidance=settings.guidance, **settings.sampling)
+
+
+def expected_rows(model: ImageGenerator[Any], settings: Calibration) -> dict[str, float]:
+    """Rows that will enter each site while calibration draws, about: both branches of guidance where there are two."""
+    branches = 2 if getattr(model.sampling, "guidance", 1) != 1 else 1
+    return {site.name: float(site.uses * settings.num_images * branches) for site in model.sites()}
+
+
+def collect(
+    model: ImageGenerator[Any],
+    settings: Calibration,
+    names: Sequence[str],
+    needs: frozenset[str],
+    step_groups: Sequence[int] = (0,),
+    progress: Progress | None = None,
+) -> dict[str, InputStats]:
+    """Statistics of what enters the layers `names` while the model draws the images of `settings`.
+
+    Raises ValueError naming every layer that nothing entered.
+    """
+    model = as_calibrated(model, settings)
+    collector = Collector(model, names, needs, settings, step_groups, expected_rows(model, settings))
+    total = model.num_steps * ceil(settings.num_images / settings.batch_size)
+    done = 0
+    log.info("calibration: %d images, %d steps; %s", settings.num_images, model.num_steps, describe_memory(collector))
+    with collector.watching():
+        for labels_B, noise in batches(model, settings):
+            for _ in rollout(model, labels_B, noise):
+                done += 1
+                if progress is not None:
+                    progress("calibrating", done, total)
+    return collector.stats()
+
+
+def describe_memory(collector: Collector) -> str:
+    """What the statistics will take, in words."""
+    numbers = 0
+    for layer in collector.layers.values():
+        width = num_inputs(layer)
+        numbers += 8 * width * width if "hessian_II" in collector.needs else 8 * width
+        numbers += 4 * width * collector.settings.sample_rows if "rows_RI" in collector.needs else 0
+    return f"statistics of {len(collector.layers)} layers in {numbers / 2**20:,.0f} MiB"

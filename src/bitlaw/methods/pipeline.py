@@ -1,0 +1,358 @@
+"""Carry out a chain of methods on a model: calibrate, transform, and choose codes layer by layer or block by block.
+
+What is done is kept in a folder when it is done, so that an interrupted run goes on where it was.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitlaw.calibration import InputStats
+from bitlaw.calibration.cache import calibrate, fingerprint
+from bitlaw.calibration.collect import Collector, Progress, expected_rows
+from bitlaw.calibration.histogram import static_range
+from bitlaw.calibration.replay import Call, Recording, Replay, record
+from bitlaw.calibration.settings import Calibration
+from bitlaw.files import write_with
+from bitlaw.formats import Params
+from bitlaw.install import SiteParts, install_site, is_changed
+from bitlaw.methods.chain import Chain
+from bitlaw.methods.method import BlockCall, BlockMethod, BlockTask, LayerMethod, Note, Rescaling
+from bitlaw.methods.rescale import rescale
+from bitlaw.methods.rtn import RTN
+from bitlaw.models.generator import ImageGenerator, Site
+from bitlaw.packing import pack, static_format, unpack
+from bitlaw.precision import BitPlan, Precision
+from bitlaw.quantized import ActivationSpec, QuantizedTensor, WeightSpec
+
+HELD_OUT = 8
+"""One call in so many is held out from what a block method learns from."""
+
+
+@dataclass
+class _Result:
+    """What was chosen for some sites: a block's, or those outside of blocks."""
+
+    weights: dict[str, QuantizedTensor] = field(default_factory=dict)
+    rescalings: dict[str, Rescaling] = field(default_factory=dict)
+    notes: dict[str, Note] = field(default_factory=dict)
+
+
+class Pipeline:
+    """One run of a chain over a model.
+
+    model: the full-precision model, which stays as it is
+    twin: a copy with a network of its own, which becomes the quantized one
+    work: folder for what is done, None to keep nothing
+    """
+
+    def __init__(
+        self,
+        model: ImageGenerator[Any],
+        twin: ImageGenerator[Any],
+        plan: BitPlan,
+        chain: Chain,
+        settings: Calibration,
+        work: Path | None = None,
+        progress: Progress | None = None,
+    ):
+        self.model, self.twin, self.plan, self.chain = model, twin, plan, chain
+        self.settings, self.progress = settings, progress
+        self.sites = [site for site in model.sites() if site.name in plan.sites and is_changed(plan, site.name)]
+        self.ranges: dict[str, Params] = {}
+        self.notes: dict[str, Note] = {site.name: {} for site in self.sites}
+        self.work = None
+        if work is not None:
+            self.work = work / fingerprint(model, settings, plan.to_json(), repr(chain))
+            self.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, Note]:
+        """Quantize the twin; what was done to each site, in plain values."""
+        self._transform()
+        self._find_ranges()
+        if isinstance(self.chain.final, BlockMethod) or self.chain.final.sequential:
+            self._by_blocks()
+        else:
+            self._quantize_now("all", self.sites, self.chain.final)
+        return self.notes
+
+    # ---- what comes before the codes -------------------------------------------------------------
+
+    def _transform(self) -> None:
+        for transform in self.chain.transforms:
+            name = type(transform).__name__.lower()
+            stats = self._calibrate(self.sites, transform.needs)
+            self._note_errors("rtn", self.sites, stats)
+            started = time.perf_counter()
+            notes = transform.apply(self.twin.net, self._all_sites(), self._whole_plan(), stats)
+            seconds = (time.perf_counter() - started) / max(1, len(notes))
+            for site, note in notes.items():
+                self.notes[site][name] = {**note, "seconds": round(seconds, 4)}
+
+    def _all_sites(self) -> list[Site]:
+        """Those that the plan leaves out as well: a scale cannot be folded where one of them would get it too."""
+        return self.model.sites()
+
+    def _whole_plan(self) -> BitPlan:
+        """The plan with full precision for sites that it leaves out."""
+        nothing = (Precision(),) * len(self.plan.step_groups)
+        return BitPlan({**{s.name: nothing for s in self._all_sites()}, **self.plan.sites}, self.plan.step_groups)
+
+    def _find_ranges(self) -> None:
+        static = [site for site in self.sites if static_format(self.plan, site.name)]
+        if not static:
+            return
+        stats = calibrate(
+            self.twin,
+            self.settings,
+            [site.name for site in static],
+            frozenset({"histograms_S"}),
+            self.plan.step_groups,
+            self.progress,
+        )
+        for site in static:
+            self.ranges[site.name] = self._ranges_of(site.name, stats[site.name])
+
+    def _ranges_of(self, name: str, stats: InputStats) -> Params:
+        assert stats.histograms_S is not None
+        format = static_format(self.plan, name)
+        assert format is not None
+        rows = []
+        for precision, histogram in zip(self.plan[name], stats.histograms_S, strict=True):
+            is_static = precision.activation is not None and precision.activation.group_size == "static"
+            if is_static and histogram.total:
+                rows.append(static_range(histogram, format, self.settings.ranges, self.settings.percentile))
+            else:  # no range to find: not static here, or not called (a modulation that is computed once, say)
+                rows.append(format.fit(torch.tensor([[-1.0, 1.0]])))
+        return {param: torch.cat([row[param] for row in rows]) for param in format.param_names}
+
+    def _calibrate(self, sites: Sequence[Site], needs: frozenset[str]) -> dict[str, InputStats]:
+        names = [site.name for site in sites]
+        if not names:
+            return {}
+        return calibrate(self.twin, self.settings, names, needs | {"rows_RI"}, (0,), self.progress)
+
+    # ---- codes, layer by layer -------------------------------------------------------------------
+
+    def _quantize_now(self, unit: str, sites: Sequence[Site], method: LayerMethod) -> None:
+        """Quantize sites by what enters them in full precision."""
+        result = self._read(unit)
+        if result is None:
+            needs_stats = bool(method.needs or self.chain.transforms or self.ranges)
+            stats = self._calibrate(sites, method.needs) if needs_stats else {}
+            result = self._layers(sites, method, stats)
+            self._write(unit, result)
+        self._install(sites, result)
+
+    def _layers(self, sites: Sequence[Site], method: LayerMethod, stats: Mapping[str, InputStats]) -> _Result:
+        result = _Result()
+        name = type(method).__name__.lower()
+        for number, site in enumerate(sites):
+            precision = self.plan.weight(site.name)
+            if precision is None:
+                continue
+            weight = self.twin.net.get_parameter(f"{site.name}.weight").detach()
+            seen = stats.get(site.name, InputStats())
+            started = time.perf_counter()
+            chosen = method.quantize(weight.flatten(1), seen, WeightSpec.of(precision))
+            seconds = time.perf_counter() - started
+            result.weights[site.name] = replace(chosen, shape=tuple(weight.shape))
+            note: Note = {"seconds": round(seconds, 4)}
+            if seen.rows_RI is not None:
+                note["error"] = self._error(site, chosen, seen)
+                if not isinstance(method, RTN):
+                    rtn = self._error(site, WeightSpec.of(precision).quantize(weight.flatten(1)), seen)
+                    result.notes.setdefault(site.name, {})["before"] = {"error": rtn}
+            result.notes.setdefault(site.name, {})[name] = note
+            if self.progress is not None and not isinstance(method, RTN):
+                self.progress("quantizing layers", number + 1, len(sites))
+        return result
+
+    def _note_errors(self, stage: str, sites: Sequence[Site], stats: Mapping[str, InputStats]) -> None:
+        for site in sites:
+            if (precision := self.plan.weight(site.name)) is not None:
+                weight = self.twin.net.get_parameter(f"{site.name}.weight").detach().flatten(1)
+                chosen = WeightSpec.of(precision).quantize(weight)
+                self.notes[site.name].setdefault(stage, {"error": self._error(site, chosen, stats[site.name])})
+
+    def _error(self, site: Site, chosen: QuantizedTensor, stats: InputStats) -> float:
+        """|Q(x) Wq - x W|^2 / |x W|^2 over the sampled rows, inputs quantized as in the first step group that does."""
+        assert stats.rows_RI is not None
+        x_RI = stats.rows_RI
+        weight_OI = self.twin.net.get_parameter(f"{site.name}.weight").detach().float().flatten(1)
+        exact = x_RI.double() @ weight_OI.double().T
+        quantized = x_RI
+        activation = next((p.activation for p in self.plan[site.name] if p.activation is not None), None)
+        if activation is not None:
+            ranges = {key: value[:1] for key, value in self.ranges.get(site.name, {}).items()}
+            quantized = ActivationSpec.of(activation).fake(x_RI, ranges or None)
+        error = (quantized.double() @ chosen.decode().double().flatten(1).T - exact).square().sum()
+        return float(error / exact.square().sum().clamp_min(1e-300))
+
+    def _install(self, sites: Sequence[Site], result: _Result) -> None:
+        for site in sites:
+            parts = SiteParts(result.weights.get(site.name), self.ranges.get(site.name, {}))
+            install_site(self.twin.net, self.plan, site.name, parts, self.twin.clock)
+            self.notes[site.name] |= result.notes.get(site.name, {})
+
+    # ---- codes, block by block -------------------------------------------------------------------
+
+    def _by_blocks(self) -> None:
+        final = self.chain.final
+        names = self.model.blocks
+        by_block = {name: [s for s in self.sites if s.name.startswith(f"{name}.")] for name in names}
+        inside = {site.name for sites in by_block.values() for site in sites}
+        outside = [site for site in self.sites if site.name not in inside]
+        method = final.outside if isinstance(final, BlockMethod) else final
+        if outside:
+            # Those behind the blocks stay as they are while the blocks are run.
+            self._quantize_now("outside", outside, method)
+        replay = Replay(self.twin, self.recording, self.settings)
+        full = Replay(self.model, self.recording, self.settings) if isinstance(final, BlockMethod) else None
+        for number, name in enumerate(names):
+            sites = by_block[name]
+            if not sites:
+                continue
+            done = self._read(f"block-{number:03d}")
+            result, stats = (done, {}) if done is not None else self._block(number, sites, replay, full)
+            if result.rescalings:
+                rescale(self.twin.net, self.model.sites(), result.rescalings)
+            if done is None:
+                # Modulations that are computed before the blocks run may have absorbed a rescaling just now.
+                rest = [site for site in sites if site.name not in result.notes]
+                other = self._layers(rest, method, stats)
+                result = _Result(result.weights | other.weights, result.rescalings, result.notes | other.notes)
+                self._write(f"block-{number:03d}", result)
+            self._install(sites, result)
+            if self.progress is not None:
+                self.progress("quantizing blocks", number + 1, len(names))
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The states that blocks are run from; drawn when the first block needs them."""
+        return record(self.model, self.settings, self.progress)
+
+    def _block(
+        self, number: int, sites: Sequence[Site], replay: Replay, full: Replay | None
+    ) -> tuple[_Result, dict[str, InputStats]]:
+        """What is chosen for the sites that run when the block is called, and what enters all of its sites."""
+        final = self.chain.final
+        needs = final.needs | {"rows_RI"}
+        if isinstance(final, BlockMethod):
+            needs |= final.outside.needs
+        collector = Collector(
+            self.twin, [s.name for s in sites], frozenset(needs), self.settings, (0,), self._rows_in_replay(sites)
+        )
+        if full is None:
+            replay.run(number, collector)
+            return _Result(), collector.stats()
+        calls, exact = replay.run(number, collector, keep=True), full.run(number, keep=True)
+        stats = collector.stats()
+        return self._reconstructed(number, sites, stats, calls, exact), stats
+
+    def _rows_in_replay(self, sites: Sequence[Site]) -> dict[str, float]:
+        """Rows that will enter each site while a replay runs: those of the steps that are kept."""
+        total = self.twin.num_steps * len(self.recording.batches)
+        share = self.recording.num_calls / total
+        rows = expected_rows(self.twin, self.settings)
+        return {site.name: rows[site.name] * share for site in sites}
+
+    def _reconstructed(
+        self,
+        number: int,
+        sites: Sequence[Site],
+        stats: Mapping[str, InputStats],
+        calls: Sequence[Call],
+        exact: Sequence[Call],
+    ) -> _Result:
+        final, name = self.chain.final, self.twin.blocks[number]
+        assert isinstance(final, BlockMethod)
+        assert len(calls) == len(exact)
+        module = self.twin.net.get_submodule(name)
+        together = [
+            BlockCall(call.args, call.kwargs, target.output, call.step)
+            for call, target in zip(calls, exact, strict=True)
+        ]
+        held_out = together[HELD_OUT - 1 :: HELD_OUT] or together[-1:]
+        chosen_from = [c for c in together if not any(c is h for h in held_out)] or together
+        called = _called(module, name, sites, together[0])
+        task = BlockTask(
+            name=name,
+            module=module,
+            sites=tuple(called),
+            plan=self.plan,
+            stats=stats,
+            calls=chosen_from,
+            held_out=held_out,
+            ranges={site.name: self.ranges[site.name] for site in called if site.name in self.ranges},
+            seed=self.settings.seed + number,
+        )
+        started = time.perf_counter()
+        block = final.quantize_block(task)
+        seconds = time.perf_counter() - started
+        result = _Result(rescalings=dict(block.rescalings))
+        for key, weight in block.weights.items():
+            shape = tuple(self.twin.net.get_parameter(f"{key}.weight").shape)
+            result.weights[key] = replace(weight, shape=shape)
+        for site in called:
+            note = {"seconds": round(seconds / len(called), 4), **block.notes.get(site.name, {})}
+            result.notes[site.name] = {type(final).__name__.lower(): note}
+        return result
+
+    # ---- what is done ----------------------------------------------------------------------------
+
+    def _write(self, unit: str, result: _Result) -> None:
+        if self.work is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, weight in result.weights.items():
+            tensors |= pack(name, weight)
+        for name, rescaling in result.rescalings.items():
+            tensors[f"{name}.rescaling_scale"] = rescaling.scale_C
+            if rescaling.shift_C is not None:
+                tensors[f"{name}.rescaling_shift"] = rescaling.shift_C
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        metadata = {"notes": json.dumps(result.notes)}
+        write_with(self.work / f"{unit}.safetensors", lambda path: save_file(contiguous, path, metadata))
+
+    def _read(self, unit: str) -> _Result | None:
+        if self.work is None or not (path := self.work / f"{unit}.safetensors").is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            notes = json.loads(file.metadata()["notes"])
+        result = _Result(notes=notes)
+        for key in tensors:
+            name, _, kind = key.rpartition(".")
+            if kind == "weight_shape":
+                precision = self.plan.weight(name)
+                assert precision is not None
+                result.weights[name] = unpack(name, tensors, WeightSpec.of(precision))
+            elif kind == "rescaling_scale":
+                result.rescalings[name] = Rescaling(tensors[key], tensors.get(f"{name}.rescaling_shift"))
+        return result
+
+
+def _called(module: nn.Module, name: str, sites: Sequence[Site], call: BlockCall) -> list[Site]:
+    """The sites whose layers run when the block's module is called."""
+    reached: set[str] = set()
+    hooks = []
+    for site in sites:
+        layer = module.get_submodule(site.name.removeprefix(f"{name}."))
+        hooks.append(layer.register_forward_pre_hook(lambda *_, reached=reached, name=site.name: reached.add(name)))
+    try:
+        with torch.no_grad():
+            module(*call.args, **call.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [site for site in sites if site.name in reached]
