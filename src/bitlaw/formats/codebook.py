@@ -25,9 +25,8 @@ class Codebook(Format):
     """scale * entry: `dim` neighbours share an index of dim * bits bits into a table of 8-bit integers.
 
     Each group has its table of 2^(dim * bits) vectors and a scale, which are what k-means makes of its weights,
-    weighted where importances are given (van Baalen et al. 2024, GPTVQ, section 3.2; no random number is
-    used). The last vectors that k-means would need are rounded to multiples of max|entry| / 127. Numbers of a group that are neighbours in
-    memory form the vectors.
+    weighted where importances are given (van Baalen et al. 2024, GPTVQ, section 3.2; no random number is used), rounded
+    to multiples of max|entry| / 127. Numbers of a group that are neighbours in memory form the vectors.
 
     A group whose numbers are all c has scale |c| and entries +-1, so that c comes back exactly (to the rounding of a
     stored scale to float16). A group of zeros has scale 1 and entries 0. In other groups a zero is what its neighbours
