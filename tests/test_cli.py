@@ -43,6 +43,24 @@ def test_help_of_every_command(command: str) -> None:
     assert command == "ladder" or "Example" in output
 
 
+def test_quantize_by_a_chain_with_static_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITLAW_CACHE", "")
+    out = tmp_path / "small"
+    options = ["--step-groups", "2", "--calibration-images", "8", "--calibration", "ranges=minmax"]
+    chain = ["--method", "smoothquant:alpha=0.6+gptq"]
+    said = run("quantize", "ladder/var-xs", "--precision", "W3A8c", *chain, *options, "--out", str(out))
+    assert "smoothquant:alpha=0.6+gptq, calibrated with 8 images" in said
+    assert "blocks.0.ffn.fc2" in said and "gptq" in said
+    stored = json.loads((out / "bitlaw.json").read_text())
+    assert stored["plan"]["step_groups"] == [0, 2]
+    assert stored["provenance"]["calibration"]["ranges"] == "minmax"
+    assert not (tmp_path / ".small.work").exists()
+    assert run("info", str(out)).strip() in said
+    for bad in (["--step-groups", "a"], ["--calibration", "rnages=mse"], ["--method", "gptq+smoothquant"]):
+        with pytest.raises(ValueError, match=r"step-groups|ranges|comes before"):
+            run("quantize", "ladder/var-xs", *bad, "--out", str(tmp_path / "bad"))
+
+
 def test_quantize_then_load_generate_and_info(tmp_path: Path) -> None:
     small = tmp_path / "small"
     assert "W4A8" in run("quantize", "ladder/var-xs", "--precision", "W4A8", "--out", str(small)) or small.exists()

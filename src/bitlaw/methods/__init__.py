@@ -8,6 +8,7 @@ from bitlaw.methods.method import BlockMethod, LayerMethod, Method, Transform
 from bitlaw.methods.omniquant import OmniQuant
 from bitlaw.methods.rtn import RTN
 from bitlaw.methods.smoothquant import SmoothQuant
+from bitlaw.methods.svdquant import SVDQuant
 
 METHODS: dict[str, Method] = {
     "rtn": RTN(),
@@ -17,6 +18,7 @@ METHODS: dict[str, Method] = {
     "omniquant": OmniQuant(),
     "adaround": LearnedRounding(),
     "smoothquant": SmoothQuant(),
+    "svdquant": SVDQuant(),
 }
 
 __all__ = ["METHODS", "RTN", "BlockMethod", "LayerMethod", "Method", "Transform"]

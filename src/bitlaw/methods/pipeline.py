@@ -194,7 +194,9 @@ class Pipeline:
         activation = next((p.activation for p in self.plan[site.name] if p.activation is not None), None)
         if activation is not None:
             ranges = {key: value[:1] for key, value in self.ranges.get(site.name, {}).items()}
-            quantized = ActivationSpec.of(activation).fake(x_RI, ranges or None)
+            # Static ranges are found behind the transforms; before that a range for each row stands in for them.
+            spec = ActivationSpec.of(activation) if ranges else ActivationSpec(activation.format)
+            quantized = spec.fake(x_RI, ranges or None)
         error = (quantized.double() @ chosen.decode().double().flatten(1).T - exact).square().sum()
         return float(error / exact.square().sum().clamp_min(1e-300))
 
