@@ -94,7 +94,8 @@ class WeightSpec:
         least = 8 * 8 * prod(self.format.codebook_shape)  # entries have 8 bits, each weight bears 1/8
         widest = choices[0][1]
         taller = sorted(choice for choice in choices if choice[1] == widest)
-        wider = [(num_rows, columns) for columns in _divisors(num_inputs) if columns > widest and columns % dim == 0]
+        # Where 256 inputs or a divisor below have not enough rows.
+        wider = sorted(_rectangles(num_rows, num_inputs, dim, widest=num_inputs), key=prod)
         return next((choice for choice in [*taller, *wider] if prod(choice) >= least), (num_rows, num_inputs))
 
     def num_groups(self, shape: Sequence[int]) -> int:
@@ -144,9 +145,9 @@ class WeightSpec:
         return QuantizedTensor(self.join(codes_GN, weight.shape), params, self, tuple(weight.shape))
 
 
-def _rectangles(num_rows: int, num_inputs: int, dim: int) -> list[tuple[int, int]]:
-    """Rectangles of at most 256 inputs that divide a weight and hold whole vectors, the widest first."""
-    columns = [columns for columns in _divisors(num_inputs) if columns <= 256 and columns % dim == 0]
+def _rectangles(num_rows: int, num_inputs: int, dim: int, widest: int = 256) -> list[tuple[int, int]]:
+    """Rectangles of at most `widest` inputs that divide a weight and hold whole vectors, the widest first."""
+    columns = [columns for columns in _divisors(num_inputs) if columns <= widest and columns % dim == 0]
     return [(rows, c) for c in reversed(columns) for rows in _divisors(num_rows)]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import bitlaw
 from bitlaw.calibration import InputStats
 from bitlaw.methods.quantize import quantize
-from bitlaw.methods.smoothquant import SmoothQuant
+from bitlaw.methods.smoothquant import GRID, SmoothQuant, smoothing_scale
 from bitlaw.models.generator import Noise, Site, rollout
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import QuantLayer
@@ -102,3 +102,86 @@ def test_without_explicit_scales_only_absorbers_take_them() -> None:
 def test_alpha_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"alpha 1\.5"):
         SmoothQuant(alpha=1.5)
+
+
+def test_scales_are_those_of_the_paper_but_for_a_common_factor() -> None:
+    """Channels that are always 0, and extreme ones, stay within what can be stored."""
+    g = torch.Generator().manual_seed(0)
+    x_C, w_C = torch.rand(64, generator=g) + 0.1, torch.rand(64, generator=g) + 0.1
+    ratio_C = smoothing_scale(x_C, w_C, 0.7) / (x_C**0.7 / w_C**0.3)
+    torch.testing.assert_close(ratio_C, ratio_C.mean().expand(64), rtol=1e-3, atol=0)  # rounded to float16
+    x_C[:3] = torch.tensor([0.0, 1e-30, 1e30])
+    scale_C = smoothing_scale(x_C, w_C, 0.7)
+    assert scale_C[0] == 1 and scale_C.min() > 1e-4 and scale_C.max() < 1e4
+    assert torch.equal(smoothing_scale(torch.zeros(4), torch.ones(4), 0.5), torch.ones(4))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_search_finds_the_best_alpha_of_its_grid(kind: str) -> None:
+    """By the error of the quantized layer itself, for the rows that the search has seen."""
+    from copy import deepcopy
+
+    import torch.nn.functional as F
+
+    from bitlaw.methods.quantize import quantize_network
+    from bitlaw.models.generator import StepClock
+
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.exp2(3 * torch.randn(16, generator=g))
+    if kind == "linear":
+        net = nn.Sequential(nn.Linear(16, 24)).requires_grad_(False)
+        x = torch.randn(128, 16, generator=g) * sizes
+        rows, low, high = x, x.amin(0), x.amax(0)
+    else:  # windows that do not overlap: an image's range is that of all its rows
+        net = nn.Sequential(nn.Conv2d(16, 24, 2, stride=2)).requires_grad_(False)
+        x = torch.randn(1, 16, 16, 16, generator=g) * sizes[:, None, None]
+        rows, low, high = F.unfold(x, 2, stride=2)[0].T, x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    site, plan = Site("0", "fc1", 0, "blocks", 1), BitPlan({"0": (Precision.parse("W4A6"),)})
+    stats = {"0": InputStats(low_C=low, high_C=high, rows_RI=rows)}
+    exact, notes = net(x), {}
+
+    def error(alpha: float | None) -> float:
+        twin = deepcopy(net)
+        notes.update(SmoothQuant(alpha).apply(twin, [site], plan, stats))
+        return float((quantize_network(twin, plan, "rtn", StepClock())(x) - exact).square().sum())
+
+    errors = {alpha: error(alpha) for alpha in GRID}
+    best = min(errors, key=errors.__getitem__)
+    assert error(None) == errors[best] and notes["0"]["alpha"] == best
+    assert 0 < best < 1
+
+
+def test_the_search_leaves_alone_what_no_scale_helps() -> None:
+    """Where all channels are alike every alpha gives a scale of 1, which is not better than none."""
+    net = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (3, 8, 8), generator=g) * 2.0 - 1
+    net[0].weight.copy_(signs[0])
+    stats = {"0": InputStats(low_C=-torch.ones(8), high_C=torch.ones(8), rows_RI=signs[1])}
+    plan = BitPlan({"0": (Precision.parse("W4A4"),)})
+    notes = SmoothQuant(alpha=None).apply(net, [Site("0", "fc1", 0, "blocks", 1)], plan, stats)
+    assert "no alpha" in notes["0"]["skipped"] and type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("family", ["large-dit", "ddpm"])
+def test_alpha_is_searched_on_whole_models(family) -> None:
+    torch.manual_seed(0)
+    small = quantize(TINY[family](), "W4A8", "smoothquant:alpha=none", calibration=FEW)
+    notes = [note["smoothquant"] for note in small.provenance["sites"].values()]
+    assert len({note.get("alpha") for note in notes}) > 1
+    assert all(note.get("alpha", 0) in GRID for note in notes)
+
+
+def test_a_scale_that_other_sites_would_get_too_is_not_absorbed() -> None:
+    """Large-DiT's keys and values stay in 16 bits here, and share their input with the queries."""
+    torch.manual_seed(0)
+    model = TINY["large-dit"]()
+    names = {site.name for site in model.sites()}
+    plan = BitPlan({n: (Precision.parse("W4A8" if n == "layers.0.attention.wq" else "W16"),) for n in names})
+    for explicit in (True, False):
+        method = SmoothQuant(explicit=explicit)
+        small = quantize(model, plan, method, calibration=FEW)
+        layer = small.net.get_submodule("layers.0.attention.wq")
+        assert isinstance(layer, QuantLayer) and (layer.scaling is not None) == explicit
+        keys = "layers.0.attention.wk.weight"
+        assert torch.equal(small.net.get_parameter(keys), model.net.get_parameter(keys))

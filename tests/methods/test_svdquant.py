@@ -64,3 +64,13 @@ def test_what_has_no_branch_is_said_before_any_work() -> None:
         quantize(TINY["dit"](), "W4A4", "svdquant", calibration=FEW)
     with pytest.raises(ValueError, match="branches for linears only"):
         quantize(TINY["ddpm"](), "W4A4", "svdquant:rank=2", calibration=FEW)
+
+
+def test_a_second_branch_is_refused() -> None:
+    """Also where only weights are quantized, and nothing is rescaled that would notice the first one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    plan, site = BitPlan({"0": (Precision.parse("W4A16"),)}), Site("0", "fc1", 0, "blocks", 1)
+    SVDQuant(rank=2).apply(net, [site], plan, {})
+    with pytest.raises(ValueError, match="0: has a low-rank branch already"):
+        SVDQuant(rank=2).apply(net, [site], plan, {})

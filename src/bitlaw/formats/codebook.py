@@ -19,6 +19,9 @@ _PART = 2**18
 
 _FAR = 2.0**13
 
+_SETTLING = 5
+"""Iterations of k-means before cells are halved again."""
+
 
 @dataclass(frozen=True)
 class Codebook(Format):
@@ -91,9 +94,12 @@ class Codebook(Format):
         """Indices of codes, int64."""
         return codes_GM.to(torch.int64) + 2 ** (self.code_width - 1)
 
+    def vectors(self, params: Params) -> Tensor:
+        """The vectors of the codebooks (G, K, D), float32."""
+        return params["codebook_GKD"].to(torch.float32) * params["scale_G1"].to(torch.float32)[..., None]
+
     def decode(self, codes_GN: Tensor, params: Params) -> Tensor:
-        vectors_GKD = params["codebook_GKD"].to(torch.float32) * params["scale_G1"].to(torch.float32)[..., None]
-        return look_up(vectors_GKD, self.indices(codes_GN)).flatten(1)
+        return look_up(self.vectors(params), self.indices(codes_GN)).flatten(1)
 
 
 def look_up(vectors_GKD: Tensor, index_GM: Tensor) -> Tensor:
@@ -106,35 +112,72 @@ def look_up(vectors_GKD: Tensor, index_GM: Tensor) -> Tensor:
 def k_means(x_GMD: Tensor, width: int, importance_GMD: Tensor | None = None, iterations: int = 20) -> Tensor:
     """Centroids (G, 2^width, D) of each group's vectors, float32: least sums of importance * (x - centroid)^2.
 
-    Deterministic, and no group sees another. It starts from 2^width cells that are halved `width` times, each at its
-    mean in the dimension of largest scatter. A centroid that serves no vector moves to one that is served badly.
+    Deterministic, and no group sees another. Cells are halved `width` times, each at its mean in the dimension of
+    largest scatter, and settle in between (Linde, Buzo and Gray 1980): Lloyd's iteration, `iterations` times at most in
+    the end and a few times before.
     """
     size_G11 = nonzero(x_GMD.abs().amax((1, 2), keepdim=True))
     y_GMD = x_GMD / size_G11
     weight_GMD = torch.ones_like(y_GMD) if importance_GMD is None else importance_GMD
     # In proportion, so that no square overflows; what has no importance still goes somewhere.
     weight_GMD = (weight_GMD / nonzero(weight_GMD.mean((1, 2), keepdim=True))).clamp_min(1e-6)
-    moments_GMF = torch.cat([weight_GMD, weight_GMD * y_GMD, weight_GMD * y_GMD.square()], 2)
-
+    points = _Points(y_GMD, weight_GMD)
     index_GM = torch.zeros(y_GMD.shape[:2], dtype=torch.int64, device=y_GMD.device)
     for level in range(width):
-        mean_GKD, scatter_GKD, _ = _cells(moments_GMF, index_GM, 2**level)
-        split_GK1 = scatter_GKD.argmax(2, keepdim=True)
-        at_GK1 = mean_GKD.gather(2, split_GK1)
-        at_GM1, split_GM1 = look_up(at_GK1, index_GM), look_up(split_GK1, index_GM)
-        index_GM = 2 * index_GM + (y_GMD.gather(2, split_GM1) > at_GM1)[..., 0]
-
-    num_centroids = 2**width
-    centroids_GKD, _, _ = _cells(moments_GMF, index_GM, num_centroids)
-    for _ in range(iterations):
-        before_GM = index_GM
-        index_GM, distance_GM = nearest(y_GMD, centroids_GKD, weight_GMD)
-        centroids_GKD, _, is_empty_GK = _cells(moments_GMF, index_GM, num_centroids)
-        if is_empty_GK.any():
-            centroids_GKD = _with_badly_served(centroids_GKD, is_empty_GK, y_GMD, distance_GM)
-        elif torch.equal(index_GM, before_GM):
-            break
+        index_GM = points.halved(index_GM, 2**level)
+        most = iterations if level == width - 1 else min(iterations, _SETTLING)
+        centroids_GKD, index_GM = points.settled(index_GM, 2 ** (level + 1), most)
     return centroids_GKD * size_G11
+
+
+class _Points:
+    """Vectors y of groups and their weights, in the forms that k-means reads again and again."""
+
+    def __init__(self, y_GMD: Tensor, weight_GMD: Tensor):
+        self.y_GMD, self.products_GMF = y_GMD, _y_of_products(y_GMD, weight_GMD)
+        y_GDM, weight_GDM = y_GMD.mT, weight_GMD.mT
+        self.weights_GFM = torch.cat([weight_GDM, weight_GDM * y_GDM], 1)
+        self.squares_GDM = weight_GDM * y_GDM.square()
+
+    def halved(self, index_GM: Tensor, count: int) -> Tensor:
+        """The cells after each of `count` is cut at its mean, across the dimension in which it scatters most."""
+        weight_GKD, weighted_GKD = _sums(self.weights_GFM, index_GM, count).chunk(2, 2)
+        mean_GKD = weighted_GKD / nonzero(weight_GKD.clone())
+        scatter_GKD = _sums(self.squares_GDM, index_GM, count) - mean_GKD * weighted_GKD
+        across_GK1 = scatter_GKD.argmax(2, keepdim=True)
+        across_GM1, mean_GM1 = (look_up(x_GK1, index_GM) for x_GK1 in (across_GK1, mean_GKD.gather(2, across_GK1)))
+        return 2 * index_GM + (self.y_GMD.gather(2, across_GM1) > mean_GM1)[..., 0]
+
+    def settled(self, index_GM: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor]:
+        """Lloyd's iteration from `count` cells: centroids (G, K, D), and the cells of which they are the means.
+
+        A centroid that serves no vector moves to one that is served badly, and has no cell yet if it is the last time.
+        """
+        centroids_GKD, _ = self._means(index_GM, count)
+        for _ in range(iterations):
+            before_GM = index_GM
+            index_GM, distance_GM = nearest_by_products(self.products_GMF, _vectors_of_products(centroids_GKD))
+            centroids_GKD, is_empty_GK = self._means(index_GM, count)
+            if is_empty_GK.any():
+                worst_GE = distance_GM.topk(min(int(is_empty_GK.sum(1).max()), distance_GM.shape[1]), 1).indices
+                rank_GK = (is_empty_GK.cumsum(1) - 1).clamp_(0, worst_GE.shape[1] - 1)
+                worst_GKD = look_up(self.y_GMD, worst_GE.gather(1, rank_GK))
+                centroids_GKD = torch.where(is_empty_GK[..., None], worst_GKD, centroids_GKD)
+            elif torch.equal(index_GM, before_GM):
+                break
+        return centroids_GKD, index_GM
+
+    def _means(self, index_GM: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The mean of each cell (G, K, D), and which are empty (G, K)."""
+        weight_GKD, weighted_GKD = _sums(self.weights_GFM, index_GM, count).chunk(2, 2)
+        return weighted_GKD / nonzero(weight_GKD.clone()), weight_GKD[..., 0] == 0
+
+
+def _sums(x_GFM: Tensor, index_GM: Tensor, count: int) -> Tensor:
+    """Sums of each feature over each cell (G, K, F)."""
+    num_groups, num_features, _ = x_GFM.shape
+    sums_GFK = x_GFM.new_zeros(num_groups, num_features, count)
+    return sums_GFK.scatter_add_(2, index_GM[:, None].expand(-1, num_features, -1), x_GFM).mT
 
 
 def nearest(y_GMD: Tensor, vectors_GKD: Tensor, weight_GMD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,16 +186,20 @@ def nearest(y_GMD: Tensor, vectors_GKD: Tensor, weight_GMD: Tensor | None = None
     The least distance is found among numbers that carry their index in the low bits of their float32, which is several
     times as fast as torch's argmin on a CPU; of vectors as near as each other, to 2^-(23 - log2 K), the first is taken.
     """
-    ones = torch.ones_like
     if weight_GMD is None:
-        y_GMF = torch.cat([-y_GMD, y_GMD.square().sum(2, keepdim=True) / 2, ones(y_GMD[..., :1])], 2)
-        squares_GKD = vectors_GKD.square().sum(2, keepdim=True) / 2
-        vectors_GKF = torch.cat([vectors_GKD, ones(vectors_GKD[..., :1]), squares_GKD], 2)
-    else:
-        total_GM1 = (weight_GMD * y_GMD.square()).sum(2, keepdim=True) / 2
-        y_GMF = torch.cat([-weight_GMD * y_GMD, total_GM1, weight_GMD / 2], 2)
-        vectors_GKF = torch.cat([vectors_GKD, ones(vectors_GKD[..., :1]), vectors_GKD.square()], 2)
-    return nearest_by_products(y_GMF, vectors_GKF)
+        weight_GMD = torch.ones_like(y_GMD)
+    return nearest_by_products(_y_of_products(y_GMD, weight_GMD), _vectors_of_products(vectors_GKD))
+
+
+def _y_of_products(y_GMD: Tensor, weight_GMD: Tensor) -> Tensor:
+    """One side of weight / 2 . (y - vector)^2 as a product: -weight y . vector + weight / 2 . (y^2 + vector^2)."""
+    weighted_GMD = weight_GMD * y_GMD
+    return torch.cat([-weighted_GMD, (weighted_GMD * y_GMD).sum(2, keepdim=True) / 2, weight_GMD / 2], 2)
+
+
+def _vectors_of_products(vectors_GKD: Tensor) -> Tensor:
+    """The other side."""
+    return torch.cat([vectors_GKD, torch.ones_like(vectors_GKD[..., :1]), vectors_GKD.square()], 2)
 
 
 def nearest_by_products(y_GMF: Tensor, vectors_GKF: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,21 +218,3 @@ def nearest_by_products(y_GMF: Tensor, vectors_GKF: Tensor) -> tuple[Tensor, Ten
             least_GM[g : g + groups, m : m + rows] = bits_gmK.amin(2)
     index_GM = (least_GM & (num_vectors - 1)).to(torch.int64)
     return index_GM, least_GM.bitwise_and_(-num_vectors).view(torch.float32)
-
-
-def _cells(moments_GMF: Tensor, index_GM: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and scatter (G, K, D) of each cell, from sums of weights, numbers and squares; which are empty (G, K)."""
-    num_groups, num_features = len(moments_GMF), moments_GMF.shape[2]
-    sums_GFK = moments_GMF.new_zeros(num_groups, num_features, count)
-    sums_GFK.scatter_add_(2, index_GM[:, None].expand(-1, num_features, -1), moments_GMF.transpose(1, 2))
-    weight_GKD, first_GKD, second_GKD = sums_GFK.transpose(1, 2).chunk(3, 2)
-    mean_GKD = first_GKD / nonzero(weight_GKD.clone())
-    return mean_GKD, second_GKD - mean_GKD * first_GKD, weight_GKD[..., 0] == 0
-
-
-def _with_badly_served(centroids_GKD: Tensor, is_empty_GK: Tensor, y_GMD: Tensor, distance_GM: Tensor) -> Tensor:
-    """Centroids with the vectors of largest distance in the place of those that are empty, largest first."""
-    most = min(int(is_empty_GK.sum(1).max()), distance_GM.shape[1])
-    worst_GK = distance_GM.topk(most, 1).indices
-    rank_GK = (is_empty_GK.cumsum(1) - 1).clamp_(0, most - 1)
-    return torch.where(is_empty_GK[..., None], look_up(y_GMD, worst_GK.gather(1, rank_GK)), centroids_GKD)

@@ -40,7 +40,7 @@ class ClipSearch(LayerMethod):
         """ValueError for NaN or Inf in the weight or in E[x_I^2]."""
         spec.check(weight_OI)
         assert stats.second_moment_I is not None  # in `needs`
-        importance_I = stats.second_moment_I
+        importance_I = stats.second_moment_I.to(weight_OI.device)
         if spec.format.codebook_shape:
             fitted = spec.quantize(weight_OI, importance_I=importance_I), spec.quantize(weight_OI)
             return min(fitted, key=lambda q: float(((q.decode() - weight_OI).square() * importance_I).sum()))
@@ -55,11 +55,11 @@ class ClipSearch(LayerMethod):
         if not bool(importance_I.isfinite().all()):
             raise ValueError("NaN or Inf in the second moments of a layer's inputs; look for them in the inputs")
         weight_GN = spec.groups(weight_OI.float())
-        importance_GN = spec.groups(importance_I.float().expand(weight_OI.shape[0], -1))
+        importance_GN = spec.groups(importance_I.to(weight_GN).expand(weight_OI.shape[0], -1))
         best_G1 = weight_GN.new_ones(len(weight_GN), 1)
         least_G1 = _error(weight_GN, importance_GN, best_G1, spec.format)
-        for ratio in torch.linspace(1, self.smallest, self.num_ratios)[1:]:
-            error_G1 = _error(weight_GN, importance_GN, ratio.to(best_G1.device), spec.format)
+        for ratio in torch.linspace(1, self.smallest, self.num_ratios, device=best_G1.device)[1:]:
+            error_G1 = _error(weight_GN, importance_GN, ratio, spec.format)
             is_less_G1 = error_G1 < least_G1
             best_G1, least_G1 = torch.where(is_less_G1, ratio, best_G1), torch.where(is_less_G1, error_G1, least_G1)
         return best_G1

@@ -106,7 +106,7 @@ class GPTQ(LayerMethod):
         Raises ValueError for a Hessian that is none (shape, NaN, Inf, a negative diagonal), and what
         `WeightSpec.quantize` raises.
         """
-        _check_hessian(hessian_II, weight_OI.shape[1])
+        check_hessian(hessian_II, weight_OI.shape[1])
         spec.check(weight_OI)
         if spec.format.code_bits == 0:
             return Solution(spec.quantize(weight_OI), self.damping)
@@ -284,7 +284,8 @@ def _float(params: Params) -> Params:
     return {name: value.float().contiguous() for name, value in params.items()}
 
 
-def _check_hessian(hessian_II: Tensor, num_inputs: int) -> None:
+def check_hessian(hessian_II: Tensor, num_inputs: int) -> None:
+    """Raise ValueError for what is no mean of x x^T of this many inputs."""
     if hessian_II.shape != (num_inputs, num_inputs):
         raise ValueError(
             f"Hessian of shape {tuple(hessian_II.shape)} for {num_inputs} inputs; calibrate this very layer"

@@ -50,11 +50,11 @@ class OmniQuant(BlockMethod):
     transform: whether scales and shifts are learned
     """
 
-    steps: int = 300
-    batch_calls: int = 2
+    steps: int = 400
+    batch_calls: int = 1
     clip_rate: float = 0.05
-    transform_rate: float = 0.005
-    patience: int = 4
+    transform_rate: float = 0.01
+    patience: int = 6
     transform: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment_I", "low_C", "high_C"})
@@ -128,7 +128,8 @@ class _OmniQuantLearner(Learner):
                 logits.fill_(_NO_CLIP)
                 continue
             if name in rescalings:
-                importance_I = importance_I / rescalings[name].scale_C.square()
+                scale_C = rescalings[name].scale_C
+                importance_I = importance_I.to(scale_C.device) / scale_C.square()
             ratio_G1 = ClipSearch().best_ratios(tensors[name].weight.flatten(1), importance_I, self.specs[name])
             searched_G1 = (ratio_G1 * torch.tensor(_NO_CLIP, device=ratio_G1.device).sigmoid()).logit()
             logits.copy_(torch.where(ratio_G1 == 1, _NO_CLIP, searched_G1))
@@ -205,22 +206,24 @@ _BEYOND = 1e30  # outside of every range
 def _clipped(weight: Tensor, spec: WeightSpec, logits: Tensor) -> Tensor:
     """The quantized weight, differentiable in the weight and in the logits.
 
-    clip(W, low, high) + width * e with e = (rounded - clipped) / width held fixed: rounding passes gradients straight
-    through, what is clipped moves with the end of its range, and errors grow in proportion to the range's width. (In
-    the original code a clipped weight moves with the width, its zero point being held fixed.)
+    clip(W, a, b) + width * e with errors e, in units of the range's width, held fixed: rounding passes gradients
+    straight through, and what it loses grows with the width. The ends a and b are those of what is stored. With the
+    zero point where it is they are multiples of the width; with one that is not rounded they are those of the range.
+    The gradient is the mean of both: the first alone, which is the original's, hardly tells low from high, and the
+    second alone does not see that a zero point of 2 bits mostly stays where it is.
     """
     weight_GN, format = spec.groups(weight), spec.format
     low_G1, high_G1 = _range(weight_GN, logits)
     params = _fit(format, low_G1, high_G1)
     width_G1 = width_of(format, low_G1, high_G1)
     with torch.no_grad():
+        unit_G1 = torch.where(width_G1 > 0, width_G1, 1.0)
         ends_G2 = format.nearest(weight.new_tensor([[-_BEYOND, _BEYOND]]).expand(len(weight_GN), -1), params)
-        rounded_GN = format.nearest(weight_GN, params)
-    # Values are those of what is stored, gradients those of the ranges asked for.
-    low_G1 = low_G1 + (ends_G2[:, :1] - low_G1).detach()
-    high_G1 = high_G1 + (ends_G2[:, 1:] - high_G1).detach()
-    clipped_GN = torch.minimum(torch.maximum(weight_GN, low_G1), high_G1)
-    errors_GN = (rounded_GN - clipped_GN.detach()) / width_G1.detach().clamp_min(torch.finfo(torch.float32).tiny)
+        clipped_GN = torch.minimum(torch.maximum(weight_GN, ends_G2[:, :1]), ends_G2[:, 1:])
+        errors_GN = (format.nearest(weight_GN, params) - clipped_GN) / unit_G1
+    moved_G2 = (torch.cat([low_G1, high_G1], 1) + ends_G2 / unit_G1 * width_G1) / 2
+    moved_G2 = ends_G2 + moved_G2 - moved_G2.detach()
+    clipped_GN = torch.minimum(torch.maximum(weight_GN, moved_G2[:, :1]), moved_G2[:, 1:])
     return spec.join(clipped_GN + errors_GN * width_G1, weight.shape).reshape(weight.shape)
 
 

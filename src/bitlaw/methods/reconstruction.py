@@ -3,7 +3,8 @@
 A working copy of the block computes in float32 with layers whose tensors are put in from outside: differentiable ones
 to learn by, and those of a result as it will be stored to measure with. Between the two lies what a `Learner` knows.
 
-Legend: O output channels, I input channels, C input channels of a linear or convolution, S step groups.
+Legend: O output channels, I input channels, C input channels of a linear or convolution, S step groups; R rows,
+H heads, M tokens of earlier steps, d width of a head.
 """
 
 import copy
@@ -23,6 +24,7 @@ from bitlaw.linear import linear
 from bitlaw.methods.method import BlockCall, BlockResult, BlockTask, Rescaling
 from bitlaw.methods.rescale import absorber_users, of_weight
 from bitlaw.models.generator import AbsorberPart, Site, StepClock
+from bitlaw.models.parts.key_values import LayerKeyValues
 from bitlaw.precision import Precision, step_group
 from bitlaw.quantized import ActivationSpec, FakeQuant, QuantConv2d, QuantLinear
 
@@ -30,12 +32,19 @@ from bitlaw.quantized import ActivationSpec, FakeQuant, QuantConv2d, QuantLinear
 
 
 class LayerTensors(NamedTuple):
-    """What a simulated layer computes with; scale and shift are of its input, None where the layer before has them."""
+    """What a simulated layer computes with.
+
+    scale_C, shift_C: of its input; None where the layer before has them
+    cached_scale_C, cached_shift_C: of values of an attention that earlier steps have left for this layer, where those
+        of this step come from a layer that has the scale and shift
+    """
 
     weight: Tensor
     bias: Tensor | None
     scale_C: Tensor | None = None
     shift_C: Tensor | None = None
+    cached_scale_C: Tensor | None = None
+    cached_shift_C: Tensor | None = None
 
     def as_leaves(self) -> Self:
         """The same numbers, whose gradients stop here."""
@@ -106,7 +115,7 @@ class SimulatedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., C) -> (..., O), or images (B, C, H, W) -> (B, O, H', W')."""
-        weight, bias, scale_C, shift_C = self.tensors
+        weight, bias, scale_C, shift_C = self.tensors[:4]
         scaling, branch = getattr(self.layer, "scaling", None), getattr(self.layer, "branch", None)
         if isinstance(self.layer, nn.Conv2d):
             conv = self.layer
@@ -131,6 +140,7 @@ class WorkingBlock:
         self.module = copy.deepcopy(task.module).float().requires_grad_(False)
         self.layers = {site.name: self._simulate(site) for site in task.sites}
         self.users = absorber_users(task.sites)
+        self.after_attention = {site.name for site in task.sites if site.kind == "proj"}
         squares, count = _sums((call.target.double().square().sum(), call.target.numel()) for call in task.calls)
         self.unit = squares / max(count, 1) or 1.0
 
@@ -162,6 +172,11 @@ class WorkingBlock:
             if all(part.module in tensors for part in absorber.parts):
                 for part in absorber.parts:
                     tensors[part.module] = _absorbed(tensors[part.module], part, shared)
+                if self.after_attention.issuperset(names):
+                    for name in names:
+                        tensors[name] = tensors[name]._replace(
+                            cached_scale_C=shared.scale_C, cached_shift_C=shared.shift_C
+                        )
             else:
                 for name in names:
                     tensors[name] = tensors[name]._replace(scale_C=shared.scale_C, shift_C=shared.shift_C)
@@ -189,9 +204,38 @@ class WorkingBlock:
     def square_error(self, call: BlockCall) -> Tensor:
         """Sum of squares of what the block gives less the target."""
         self.clock.step = call.step
-        out = self.module(*_as_float(call.args), **_as_float(dict(call.kwargs)))
+        args, kwargs = self._given((call.args, dict(call.kwargs)))
+        out = self.module(*args, **kwargs)
+        out = out if isinstance(out, Tensor) else out[0]
         difference: Tensor = out - call.target.to(out)
         return difference.square().sum()
+
+    def _given(self, value: Any) -> Any:
+        """Arguments of a call on this device, in float32; what earlier steps have left is as this block leaves it."""
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+        if isinstance(value, LayerKeyValues):
+            keys, values = self._given(value.key_values[..., : value.length, :])
+            return LayerKeyValues(torch.stack([keys, self._rescaled_values(values)]), value.length, keeps=False)
+        if isinstance(value, dict):
+            return {key: self._given(item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self._given, value))
+        return type(value)(map(self._given, value)) if isinstance(value, tuple | list) else value
+
+    def _rescaled_values(self, values_RHMd: Tensor) -> Tensor:
+        shape = (values_RHMd.shape[1], 1, values_RHMd.shape[3])
+        for tensors in (layer.tensors for layer in self.layers.values()):
+            if tensors.cached_shift_C is not None:
+                values_RHMd = values_RHMd - tensors.cached_shift_C.view(shape)
+            if tensors.cached_scale_C is not None:
+                values_RHMd = values_RHMd / tensors.cached_scale_C.view(shape)
+        return values_RHMd
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; calls may be elsewhere."""
+        return next(self.module.parameters()).device
 
     @torch.no_grad()
     def error(self, result: BlockResult, calls: Sequence[BlockCall]) -> float:
@@ -215,17 +259,6 @@ def _absorbed(tensors: LayerTensors, part: AbsorberPart, rescaling: Rescaling) -
             changed = (given if rescaling.shift_C is None else given - rescaling.shift_C) / rescaling.scale_C
         bias = bias.index_copy(0, rows, changed)
     return tensors._replace(weight=weight, bias=bias)
-
-
-def _as_float(value: Any) -> Any:
-    """Arguments with their floating-point tensors in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _as_float(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_as_float, value))
-    return type(value)(map(_as_float, value)) if isinstance(value, tuple | list) else value
 
 
 def _sums(pairs: Iterable[tuple[Tensor, int]]) -> tuple[float, int]:

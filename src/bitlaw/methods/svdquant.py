@@ -25,10 +25,12 @@ class SVDQuant(Transform):
 
     Inputs are smoothed before, as by SmoothQuant, where they are quantized: outliers go to the weight, and from there
     to the branch, whose input is in full precision. The branch is counted with the bits of the model. Linears only.
+
+    alpha: of the smoothing; None searches it as SmoothQuant does, which does not know of the branch
     """
 
     rank: int = 16
-    alpha: float = 0.5
+    alpha: float | None = 0.5
 
     needs: ClassVar[frozenset[str]] = SmoothQuant.needs
 
@@ -49,9 +51,12 @@ class SVDQuant(Transform):
     def apply(
         self, net: nn.Module, sites: Sequence[Site], plan: BitPlan, stats: Mapping[str, InputStats]
     ) -> dict[str, Note]:
-        """Smooth the inputs, and split the weights of the sites in place."""
+        """Smooth the inputs, and split the weights of the sites in place. ValueError for sites with a branch."""
+        chosen = [site.name for site in sites if plan.weight(site.name)]
+        if split := [name for name in chosen if getattr(net.get_submodule(name), "branch", None) is not None]:
+            raise ValueError("\n".join(f"{name}: has a low-rank branch already; use svdquant once" for name in split))
         notes = SmoothQuant(self.alpha).apply(net, sites, plan, stats)
-        for name in [site.name for site in sites if plan.weight(site.name)]:
+        for name in chosen:
             layer = net.get_submodule(name)
             assert isinstance(layer, nn.Linear)  # `problem` has seen to it
             weight_OI = layer.weight.detach().double()
