@@ -235,7 +235,7 @@ def unpack_site(name: str, tensors: Mapping[str, Tensor], plan: BitPlan) -> Site
 def static_format(plan: BitPlan, name: str) -> Format | None:
     """The format of a site's static activation ranges; None if its ranges are dynamic."""
     for precision in plan[name]:
-        if precision.activation is not None and precision.activation.group_size == "static":
+        if precision.is_static and precision.activation is not None:
             return precision.activation.format
     return None
 

@@ -99,6 +99,11 @@ class Precision:
         return self == Precision()
 
     @property
+    def is_static(self) -> bool:
+        """Whether inputs have a range that calibration found."""
+        return self.activation is not None and self.activation.group_size == "static"
+
+    @property
     def weight_bits(self) -> float:
         """Nominal bits of a weight."""
         return self.weight.format.code_bits if self.weight else FULL_BITS

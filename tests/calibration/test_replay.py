@@ -43,7 +43,7 @@ def test_every_block_sees_what_it_sees_in_a_rollout(model) -> None:
         assert len(calls) == len(expected[name]), name
         for call, (given, out) in zip(calls, expected[name], strict=True):
             torch.testing.assert_close(call.args[0], given, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(call.output, out, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(call.target, out, rtol=1e-5, atol=1e-5)
 
 
 def test_a_kept_call_can_be_made_again_and_differentiated(model) -> None:
@@ -59,7 +59,7 @@ def test_a_kept_call_can_be_made_again_and_differentiated(model) -> None:
             model.clock.step = call.step
             out = block(*call.args, **call.kwargs)
             out = out if isinstance(out, Tensor) else out[0]
-            torch.testing.assert_close(out, call.output, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out, call.target, rtol=1e-5, atol=1e-5)
             out.square().sum().backward()
         assert any(layer.weight.grad is not None for layer in layers)
 
@@ -112,5 +112,5 @@ def test_hidden_states_go_to_a_file_when_they_are_many() -> None:
     for replay in (inside, outside):
         replay.run(0)
     for a, b in zip(inside.run(1, keep=True), outside.run(1, keep=True), strict=True):
-        assert torch.equal(a.output, b.output)
+        assert torch.equal(a.target, b.target)
     assert outside._stored.folder is not None and inside._stored.folder is None

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 from bitlaw.calibration.collect import Collector
-from bitlaw.calibration.replay import Replay, record
+from bitlaw.calibration.replay import BlockCall, Replay, record
 from bitlaw.calibration.settings import Calibration
 from bitlaw.install import SiteParts, install_site
-from bitlaw.methods.method import BlockCall, BlockResult, BlockTask
+from bitlaw.methods.method import BlockResult, BlockTask
 from bitlaw.methods.rescale import rescale
 from bitlaw.models.generator import ImageGenerator, StepClock
 from bitlaw.models.parts.key_values import LayerKeyValues
@@ -27,9 +27,14 @@ def tiny(family: str) -> ImageGenerator:
     return TINY[family]()
 
 
-def task_of(family: str, precision: str, number: int = 1, *, outliers: bool = False) -> BlockTask:
-    """A block, with a fifth of its calls held out; with `outliers` channels of its weights differ in size by 50."""
-    model = tiny(family)
+def task_of(
+    model: ImageGenerator | str, precision: str, number: int = 1, *, outliers: bool = False, settings=SETTINGS
+) -> BlockTask:
+    """A block of a model, or of a tiny one of a family, with a fifth of its calls held out.
+
+    With `outliers` channels of its weights differ in size by 50.
+    """
+    model = tiny(model) if isinstance(model, str) else model
     name = model.blocks[number]
     module = model.net.get_submodule(name)
     # VAR's modulations are computed before the blocks.
@@ -37,9 +42,8 @@ def task_of(family: str, precision: str, number: int = 1, *, outliers: bool = Fa
     if outliers:
         spread(module)
     plan = BitPlan.uniform(Precision.parse(precision), sites, "none")
-    collector = Collector(model, [site.name for site in sites], NEEDS, SETTINGS)
-    seen = Replay(model, record(model, SETTINGS), SETTINGS).run(number, collector, keep=True)
-    calls = [BlockCall(call.args, call.kwargs, call.output, call.step) for call in seen]
+    collector = Collector(model, [site.name for site in sites], NEEDS, settings)
+    calls = Replay(model, record(model, settings), settings).run(number, collector, keep=True)
     train = [call for index, call in enumerate(calls) if index % HELD_OUT]
     return BlockTask(name, module, sites, plan, collector.stats(), train, calls[::HELD_OUT])
 

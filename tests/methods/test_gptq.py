@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recipes import recipe
 from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
@@ -29,14 +30,6 @@ GROUPED = [
     for name in ("int4", "int3", "int2", "int4s", "e2m1")
     for group_size in (None, 16, "tensor")
 ]
-
-
-def recipe() -> tuple[Tensor, Tensor]:
-    """W (48, 96) and X (512, 96) with correlated columns, drawn in this order."""
-    g = torch.Generator().manual_seed(1234)
-    weight = torch.randn(48, 96, generator=g)
-    mixing = torch.randn(96, 96, generator=g) / 96**0.5
-    return weight, torch.randn(512, 96, generator=g) @ mixing
 
 
 def hessian_of(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from recipes import recipe
 from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
@@ -14,22 +15,14 @@ from bitlaw.precision import TensorPrecision
 from bitlaw.quantized import QuantizedTensor, WeightSpec
 
 
-def recipe() -> tuple[Tensor, Tensor]:
-    """W (128, 256) and X (1024, 256) with correlated columns, drawn in this order."""
-    g = torch.Generator().manual_seed(1234)
-    weight = torch.randn(128, 256, generator=g)
-    mixing = torch.randn(256, 256, generator=g) / 256**0.5
-    return weight, torch.randn(1024, 256, generator=g) @ mixing
-
-
 def error(quantized: QuantizedTensor) -> float:
-    weight, x = recipe()
+    weight, x = recipe(128, 256, 1024)
     return float((x @ (weight - quantized.decode()).T).square().mean())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_two_dimensions_beat_one_and_one_beats_integers(bits: int) -> None:
-    weight, x = recipe()
+    weight, x = recipe(128, 256, 1024)
     stats = InputStats(hessian_II=x.T @ x / len(x))
     integers = error(GPTQ().quantize(weight, stats, WeightSpec(FORMATS[f"int{bits}"])))
     one, two = (error(GPTVQ(dim).quantize(weight, stats, WeightSpec(FORMATS[f"v{dim}b{bits}"]))) for dim in (1, 2))

@@ -1,7 +1,7 @@
 """Round to nearest, against the reference recipe."""
 
 import pytest
-import torch
+from recipes import recipe
 from torch import Tensor
 
 from bitlaw.calibration import InputStats
@@ -16,14 +16,6 @@ REFERENCE = {
     ("int3", None): 4.446069,
     ("int3", 32): 3.011594,
 }
-
-
-def recipe() -> tuple[Tensor, Tensor]:
-    """W (48, 96) and X (512, 96) with correlated columns, drawn in this order."""
-    g = torch.Generator().manual_seed(1234)
-    weight = torch.randn(48, 96, generator=g)
-    mixing = torch.randn(96, 96, generator=g) / 96**0.5
-    return weight, torch.randn(512, 96, generator=g) @ mixing
 
 
 def output_error(weight: Tensor, approximation: Tensor, x: Tensor) -> float:

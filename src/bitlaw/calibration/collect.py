@@ -26,6 +26,8 @@ from bitlaw.quantized import QuantConv2d
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
 
+CONVOLUTIONS = (nn.Conv2d, QuantConv2d)
+
 log = logging.getLogger(__name__)
 
 
@@ -94,7 +96,7 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            is_convolution = isinstance(layer, nn.Conv2d | QuantConv2d)
+            is_convolution = isinstance(layer, CONVOLUTIONS)
             if (scaling := getattr(layer, "scaling", None)) is not None:
                 x = scaling.of_images(x) if is_convolution else scaling(x)
             # Models run in inference mode; what is kept of them may be differentiated through later.
@@ -142,16 +144,16 @@ class Collector:
         begin = self._random.randrange(count - spacing * (wanted - 1))
         return slice(begin, begin + spacing * (wanted - 1) + 1, spacing)
 
-    def stats(self, optional: Sequence[str] = ()) -> dict[str, InputStats]:
-        """What was seen. ValueError names every layer that nothing entered, but `optional` ones."""
-        unreached = [name for name, seen in self.seen.items() if not seen.calls and name not in optional]
+    def stats(self) -> dict[str, InputStats]:
+        """What was seen. ValueError names every layer that nothing entered."""
+        unreached = [name for name, seen in self.seen.items() if not seen.calls]
         if unreached:
             raise ValueError(
                 "\n".join(
                     f"{name}: no calibration sample reached it; draw other labels, or protect it" for name in unreached
                 )
             )
-        return {name: self._stats(seen) for name, seen in self.seen.items() if seen.calls}
+        return {name: self._stats(seen) for name, seen in self.seen.items()}
 
     def _stats(self, seen: _Seen) -> InputStats:
         moments = seen.moments
@@ -168,7 +170,7 @@ class Collector:
 
 def _num_rows(layer: nn.Module, x: Tensor) -> int:
     """Rows of an input: one for each position of a linear's, one for each window of a convolution's."""
-    if not isinstance(layer, nn.Conv2d | QuantConv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return x.numel() // x.shape[-1]
     return len(x) * _positions(layer, x)
 
@@ -184,7 +186,7 @@ def _positions(layer: Any, x_BCHW: Tensor) -> int:
 def _rows(layer: Any, x: Tensor, chosen: slice | None) -> Iterator[Tensor]:
     """The chosen rows (R, I) of an input, in parts; for a convolution image by image, as windows are many times it."""
     chosen = chosen or slice(None)
-    if not isinstance(layer, nn.Conv2d | QuantConv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         yield x.reshape(-1, x.shape[-1])[chosen]
         return
     per_image = _positions(layer, x)
@@ -249,9 +251,9 @@ def collect(
 
 def describe_memory(collector: Collector) -> str:
     """What the statistics will take, in words."""
-    numbers = 0
-    for layer in collector.layers.values():
-        width = num_inputs(layer)
-        numbers += 8 * width * width if "hessian_II" in collector.needs else 8 * width
-        numbers += 4 * width * collector.settings.sample_rows if "rows_RI" in collector.needs else 0
-    return f"statistics of {len(collector.layers)} layers in {numbers / 2**20:,.0f} MiB"
+    size = 0
+    for name, layer in collector.layers.items():
+        width, moments = num_inputs(layer), collector.seen[name].moments
+        size += 0 if moments is None else Moments.num_bytes(width, moments.hessian)
+        size += 4 * width * collector.settings.sample_rows if "rows_RI" in collector.needs else 0
+    return f"statistics of {len(collector.layers)} layers in {size / 2**20:,.0f} MiB"

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitlaw.calibration.collect import Collector, as_calibrated, batches
+from bitlaw.calibration.collect import Collector, Progress, as_calibrated, batches
 from bitlaw.calibration.settings import Calibration
 from bitlaw.models.generator import Extracted, ImageGenerator, rollout
 from bitlaw.models.parts.key_values import LayerKeyValues
@@ -56,9 +56,7 @@ class Recording:
         return sum(map(len, self.batches))
 
 
-def record(
-    model: ImageGenerator[Any], settings: Calibration, progress: Callable[[str, int, int], None] | None = None
-) -> Recording:
+def record(model: ImageGenerator[Any], settings: Calibration, progress: Progress | None = None) -> Recording:
     """Draw the images of `settings` and keep the states between steps.
 
     Of the steps of a model without a cache, `max_calls` are kept in all, spread evenly and for each batch at others.
@@ -101,12 +99,12 @@ def _chosen_steps(num_steps: int, batch: int, num_batches: int, max_calls: int) 
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a block: its inputs, what it gave, and the step."""
+class BlockCall:
+    """One call of a block: its inputs, what it gave (or is to give), and the step of the rollout."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
+    kwargs: Mapping[str, Any]
+    target: Tensor
     step: int
 
 
@@ -152,30 +150,24 @@ class Replay:
         self._done = -1  # the block whose outputs are stored
         self._stored = _Store(settings.memory_limit)
 
-    def run(
-        self,
-        block: int,
-        collector: Collector | None = None,
-        keep: bool = False,
-        progress: Callable[[], None] | None = None,
-    ) -> list[Call]:
+    def run(self, block: int, collector: Collector | None = None, keep: bool = False) -> list[BlockCall]:
         """Run block number `block` behind those before it. The calls of it, if they are to be kept.
 
         collector: observes its layers
         """
-        watching = collector.watching() if collector is not None else _nothing()
-        calls: list[Call] = []
+        watching = collector.watching() if collector is not None else nullcontext()
+        calls: list[BlockCall] = []
         with torch.no_grad(), watching, self._patched(block, calls if keep else None) as new:
             for steps in self.recording.batches:
                 first = len(calls)
-                self._run_batch(steps, self.names[block] in self.recording.late_blocks, progress)
+                self._run_batch(steps, self.names[block] in self.recording.late_blocks)
                 if keep:
                     calls[first:] = _frozen(calls[first:])
         if new is not None:
             self._stored, self._done = new, block - 1
         return calls
 
-    def _run_batch(self, steps: tuple[RecordedStep, ...], is_late: bool, progress: Callable[[], None] | None) -> None:
+    def _run_batch(self, steps: tuple[RecordedStep, ...], is_late: bool) -> None:
         cache = None
         for recorded in steps:
             index = recorded.index
@@ -190,11 +182,9 @@ class Replay:
                     self.model.reconstruct(state, Extracted(features), index)
             except _Stop:
                 pass
-            if progress is not None:
-                progress()
 
     @contextmanager
-    def _patched(self, block: int, calls: list[Call] | None) -> Iterator[_Store | None]:
+    def _patched(self, block: int, calls: list[BlockCall] | None) -> Iterator[_Store | None]:
         """The network with the forward of its blocks replaced; gives the store of what the block before gives now."""
         late = self.recording.late_blocks
         is_chain = self.model.blocks_are_chained and self.names[block] not in late
@@ -227,7 +217,7 @@ class Replay:
                 del module.forward
 
     def _observed(
-        self, module: nn.Module, num_calls: int, calls: list[Call] | None, may_stop: bool
+        self, module: nn.Module, num_calls: int, calls: list[BlockCall] | None, may_stop: bool
     ) -> Callable[..., Any]:
         run = module.forward
         # Of the calls within a step some are kept; steps that have a cache are few, or their calls small.
@@ -240,19 +230,14 @@ class Replay:
             nonlocal count
             out = run(*args, **kwargs)
             if calls is not None and count % every == 0:
-                output = out if isinstance(out, Tensor) else out[0]
-                calls.append(Call(args, kwargs, output, self.model.clock.step))
+                target = out if isinstance(out, Tensor) else out[0]
+                calls.append(BlockCall(args, kwargs, target, self.model.clock.step))
             count += 1
             if may_stop:
                 raise _Stop
             return out
 
         return forward
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -279,7 +264,7 @@ def _keep_output(module: nn.Module, store: _Store) -> Callable[..., Any]:
     return forward
 
 
-def _frozen(calls: list[Call]) -> list[Call]:
+def _frozen(calls: list[BlockCall]) -> list[BlockCall]:
     """The calls of a batch with tensors that stay as they are, and keys and values of earlier steps as constants.
 
     Keys and values are written one behind the other into one place, of which a single copy is made.
@@ -294,10 +279,18 @@ def _frozen(calls: list[Call]) -> list[Call]:
             return LayerKeyValues(copies[where], x.length, keeps=False)
         if isinstance(x, Tensor):
             return x.detach().clone() if x.is_inference() else x.detach()
-        if isinstance(x, tuple) and hasattr(x, "_fields"):
-            return type(x)(*map(freeze, x))
-        if isinstance(x, tuple | list):
-            return type(x)(map(freeze, x))
         return x
 
-    return [Call(freeze(c.args), {k: freeze(v) for k, v in c.kwargs.items()}, freeze(c.output), c.step) for c in calls]
+    return [
+        BlockCall(map_leaves(c.args, freeze), map_leaves(c.kwargs, freeze), freeze(c.target), c.step) for c in calls
+    ]
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments of a call with all that is no container changed; keys and values of earlier steps are one thing."""
+    if isinstance(value, dict):
+        return {key: map_leaves(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not isinstance(value, LayerKeyValues):
+        items = [map_leaves(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return change(value)

@@ -16,6 +16,8 @@ numbers a group; other names are the format's own."""
 SMALLEST_FLOAT16_SCALE = 2.0**-20
 """Below this float16 has fewer than 5 significant bits."""
 
+_BEYOND = 1e30  # outside of every range
+
 
 class Format(ABC):
     """A set of numbers, and how a group of real numbers is mapped to it. Subclasses are frozen dataclasses."""
@@ -74,6 +76,12 @@ class Format(ABC):
         """`decode(encode(x))` with parameters fitted to x, float32. Formats replace it with a faster equal."""
         params = self.fit(x_GN)
         return self.decode(self.encode(x_GN, params), params)
+
+    def ends(self, params: Params) -> Tensor:
+        """The least and the greatest number of each group (G, 2): what lies beyond them is rounded to them."""
+        scale_G1 = params["scale_G1"]
+        beyond_G2 = torch.tensor([[-_BEYOND, _BEYOND]], device=scale_G1.device).expand(len(scale_G1), -1)
+        return self.nearest(beyond_G2, params)
 
     def storable(self, params: Params) -> Params:
         """`params` as a checkpoint holds them, exactly: scales in float16. Encode with these, not with `fit`'s."""

@@ -80,10 +80,7 @@ class GPTQ(LayerMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian_II"})
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(
-                f"damping {self.damping} is not a share of the Hessian's diagonal, 0 or more; 0.01 is usual"
-            )
+        check_damping(self.damping)
         if self.column_block < 1:
             raise ValueError(f"column_block {self.column_block} is not 1 or more; 128 is usual")
 
@@ -282,6 +279,12 @@ class _Columns:
 def _float(params: Params) -> Params:
     """Parameters as `Format.nearest` takes them fastest."""
     return {name: value.float().contiguous() for name, value in params.items()}
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError for what cannot be added to a diagonal."""
+    if not (isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping {damping} is not a share of the Hessian's diagonal, 0 or more; 0.01 is usual")
 
 
 def check_hessian(hessian_II: Tensor, num_inputs: int) -> None:

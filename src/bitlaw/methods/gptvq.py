@@ -14,7 +14,6 @@ of a vector (D of them).
 """
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from bitlaw.calibration import InputStats
 from bitlaw.formats import FORMATS, Codebook, Dropped, IntegerFormat
 from bitlaw.formats.codebook import k_means, look_up, nearest
 from bitlaw.linear import linear, product
-from bitlaw.methods.gptq import check_hessian, factorize
+from bitlaw.methods.gptq import check_damping, check_hessian, factorize
 from bitlaw.methods.method import LayerMethod
 from bitlaw.precision import TensorPrecision
 from bitlaw.quantized import QuantizedTensor, WeightSpec
@@ -70,10 +69,7 @@ class GPTVQ(LayerMethod):
     def __post_init__(self) -> None:
         if self.dim not in (1, 2, 4):
             raise ValueError(f"dim {self.dim} is not 1, 2 or 4")
-        if not (isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(
-                f"damping {self.damping} is not a share of the Hessian's diagonal, 0 or more; 0.01 is usual"
-            )
+        check_damping(self.damping)
         if self.kmeans_iterations < 1:
             raise ValueError(f"kmeans_iterations {self.kmeans_iterations} is not 1 or more; 20 is usual")
         if self.codebook_steps < 0:

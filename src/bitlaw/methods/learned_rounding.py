@@ -121,8 +121,7 @@ class _RoundingLearner(Learner):
             precision, weight = task.plan.weight(name), layer.full.weight
             if precision is None:
                 continue
-            start = ClipSearch().quantize(weight.flatten(1), task.stats[name], WeightSpec.of(precision))
-            start = QuantizedTensor(start.codes, start.params, start.spec, tuple(weight.shape))
+            start = ClipSearch().quantize_layer(weight, task.stats[name], WeightSpec.of(precision))
             if precision.format.code_bits:
                 self.rounded[name] = _Rounded.of(weight, start)
             else:

@@ -14,12 +14,13 @@ in a window that one output channel weighs, channel by channel and row by row, a
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
+from bitlaw.calibration.replay import BlockCall
 from bitlaw.formats import Params
 from bitlaw.models.generator import Site
 from bitlaw.precision import BitPlan, TensorPrecision
@@ -58,6 +59,10 @@ class LayerMethod(Method):
     def quantize(self, weight_OI: Tensor, stats: InputStats, spec: WeightSpec) -> QuantizedTensor:
         """`weight_OI` in the format and groups of `spec`."""
 
+    def quantize_layer(self, weight: Tensor, stats: InputStats, spec: WeightSpec) -> QuantizedTensor:
+        """`quantize` for the weight of a linear or convolution, in whose shape the result is."""
+        return replace(self.quantize(weight.flatten(1), stats, spec), shape=tuple(weight.shape))
+
 
 class Transform(Method):
     """Changes a network into one that computes the same, to rounding, and loses less when it is quantized."""
@@ -70,21 +75,6 @@ class Transform(Method):
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """One call of a block while images are drawn.
-
-    args, kwargs: its inputs behind the quantized blocks before it
-    target: what the block gives in full precision, behind blocks in full precision
-    step: of the rollout
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    target: Tensor
-    step: int
-
-
-@dataclass(frozen=True)
 class BlockTask:
     """A block, and what a method needs to quantize it.
 
@@ -93,7 +83,8 @@ class BlockTask:
     sites: its sites whose weight or input is quantized, by the names they have in the network; those that are not
            inside the module (modulations that are computed before the blocks, say) are not among them
     ranges: parameters of static activation ranges, (S, 1) each, of the sites that have them
-    calls, held_out: calls to learn from, and others to decide when to stop
+    calls, held_out: calls to learn from, and others to decide when to stop: with inputs behind the quantized blocks
+                     before it, and as target what full precision gives behind full precision
     """
 
     name: str
@@ -122,13 +113,13 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What a BlockMethod makes of a block.
+    """What was chosen for the sites of a block, or for some others.
 
     weights: of each site whose weight is quantized, for inputs as `rescalings` makes them
     rescalings: of the sites that have one; those that share an absorber have the same
     """
 
-    weights: Mapping[str, QuantizedTensor]
+    weights: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     rescalings: Mapping[str, Rescaling] = field(default_factory=dict)
     notes: Mapping[str, Note] = field(default_factory=dict)
 

@@ -200,9 +200,6 @@ def _fit(format: Format, low_G1: Tensor, high_G1: Tensor) -> Params:
     return format.storable(format.fit(torch.cat([low_G1, high_G1], 1).detach()))
 
 
-_BEYOND = 1e30  # outside of every range
-
-
 def _clipped(weight: Tensor, spec: WeightSpec, logits: Tensor) -> Tensor:
     """The quantized weight, differentiable in the weight and in the logits.
 
@@ -218,7 +215,7 @@ def _clipped(weight: Tensor, spec: WeightSpec, logits: Tensor) -> Tensor:
     width_G1 = width_of(format, low_G1, high_G1)
     with torch.no_grad():
         unit_G1 = torch.where(width_G1 > 0, width_G1, 1.0)
-        ends_G2 = format.nearest(weight.new_tensor([[-_BEYOND, _BEYOND]]).expand(len(weight_GN), -1), params)
+        ends_G2 = format.ends(params)
         clipped_GN = torch.minimum(torch.maximum(weight_GN, ends_G2[:, :1]), ends_G2[:, 1:])
         errors_GN = (format.nearest(weight_GN, params) - clipped_GN) / unit_G1
     moved_G2 = (torch.cat([low_G1, high_G1], 1) + ends_G2 / unit_G1 * width_G1) / 2

@@ -6,7 +6,7 @@ What is done is kept in a folder when it is done, so that an interrupted run goe
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from bitlaw.calibration import InputStats
 from bitlaw.calibration.cache import calibrate, fingerprint
 from bitlaw.calibration.collect import Collector, Progress, expected_rows
 from bitlaw.calibration.histogram import static_range
-from bitlaw.calibration.replay import Call, Recording, Replay, record
+from bitlaw.calibration.replay import BlockCall, Recording, Replay, record
 from bitlaw.calibration.settings import Calibration
 from bitlaw.files import write_with
 from bitlaw.formats import Params
 from bitlaw.install import SiteParts, install_site, is_changed
 from bitlaw.methods.chain import Chain
-from bitlaw.methods.method import BlockCall, BlockMethod, BlockTask, LayerMethod, Note, Rescaling
+from bitlaw.methods.method import BlockMethod, BlockResult, BlockTask, LayerMethod, Note, Rescaling
 from bitlaw.methods.rescale import rescale
 from bitlaw.methods.rtn import RTN
 from bitlaw.models.generator import ImageGenerator, Site
@@ -36,15 +36,6 @@ from bitlaw.quantized import ActivationSpec, QuantizedTensor, WeightSpec
 
 HELD_OUT = 8
 """One call in so many is held out from what a block method learns from."""
-
-
-@dataclass
-class _Result:
-    """What was chosen for some sites: a block's, or those outside of blocks."""
-
-    weights: dict[str, QuantizedTensor] = field(default_factory=dict)
-    rescalings: dict[str, Rescaling] = field(default_factory=dict)
-    notes: dict[str, Note] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -91,21 +82,21 @@ class Pipeline:
         for transform in self.chain.transforms:
             name = type(transform).__name__.lower()
             stats = self._calibrate(self.sites, transform.needs)
-            self._note_errors("rtn", self.sites, stats)
+            if transform is self.chain.transforms[0]:
+                self._note_rtn(stats)
             started = time.perf_counter()
-            notes = transform.apply(self.twin.net, self._all_sites(), self._whole_plan(), stats)
+            notes = transform.apply(self.twin.net, self.model.sites(), self._whole_plan(), stats)
             seconds = (time.perf_counter() - started) / max(1, len(notes))
             for site, note in notes.items():
                 self.notes[site][name] = {**note, "seconds": round(seconds, 4)}
 
-    def _all_sites(self) -> list[Site]:
-        """Those that the plan leaves out as well: a scale cannot be folded where one of them would get it too."""
-        return self.model.sites()
-
     def _whole_plan(self) -> BitPlan:
-        """The plan with full precision for sites that it leaves out."""
+        """The plan with full precision for sites that it leaves out.
+
+        Transforms are told of them: a scale cannot be folded where one of them would get it too.
+        """
         nothing = (Precision(),) * len(self.plan.step_groups)
-        return BitPlan({**{s.name: nothing for s in self._all_sites()}, **self.plan.sites}, self.plan.step_groups)
+        return BitPlan({**{s.name: nothing for s in self.model.sites()}, **self.plan.sites}, self.plan.step_groups)
 
     def _find_ranges(self) -> None:
         static = [site for site in self.sites if static_format(self.plan, site.name)]
@@ -128,8 +119,7 @@ class Pipeline:
         assert format is not None
         rows = []
         for precision, histogram in zip(self.plan[name], stats.histograms_S, strict=True):
-            is_static = precision.activation is not None and precision.activation.group_size == "static"
-            if is_static and histogram.total:
+            if precision.is_static and histogram.total:
                 rows.append(static_range(histogram, format, self.settings.ranges, self.settings.percentile))
             else:  # no range to find: not static here, or not called (a modulation that is computed once, say)
                 rows.append(format.fit(torch.tensor([[-1.0, 1.0]])))
@@ -153,43 +143,44 @@ class Pipeline:
             self._write(unit, result)
         self._install(sites, result)
 
-    def _layers(self, sites: Sequence[Site], method: LayerMethod, stats: Mapping[str, InputStats]) -> _Result:
-        result = _Result()
-        name = type(method).__name__.lower()
+    def _layers(self, sites: Sequence[Site], method: LayerMethod, stats: Mapping[str, InputStats]) -> BlockResult:
+        weights: dict[str, QuantizedTensor] = {}
+        notes: dict[str, Note] = {}
         for number, site in enumerate(sites):
             precision = self.plan.weight(site.name)
             if precision is None:
                 continue
-            weight = self.twin.net.get_parameter(f"{site.name}.weight").detach()
+            weight, spec = self._weight(site), WeightSpec.of(precision)
             seen = stats.get(site.name, InputStats())
             started = time.perf_counter()
-            chosen = method.quantize(weight.flatten(1), seen, WeightSpec.of(precision))
-            seconds = time.perf_counter() - started
-            result.weights[site.name] = replace(chosen, shape=tuple(weight.shape))
-            note: Note = {"seconds": round(seconds, 4)}
+            chosen = weights[site.name] = method.quantize_layer(weight, seen, spec)
+            note: Note = {"seconds": round(time.perf_counter() - started, 4)}
+            before: Note = {}
             if seen.rows_RI is not None:
                 note["error"] = self._error(site, chosen, seen)
                 if not isinstance(method, RTN):
-                    rtn = self._error(site, WeightSpec.of(precision).quantize(weight.flatten(1)), seen)
-                    result.notes.setdefault(site.name, {})["before"] = {"error": rtn}
-            result.notes.setdefault(site.name, {})[name] = note
+                    before = {"before": {"error": self._error(site, spec.quantize(weight), seen)}}
+            notes[site.name] = {**before, type(method).__name__.lower(): note}
             if self.progress is not None and not isinstance(method, RTN):
                 self.progress("quantizing layers", number + 1, len(sites))
-        return result
+        return BlockResult(weights, notes=notes)
 
-    def _note_errors(self, stage: str, sites: Sequence[Site], stats: Mapping[str, InputStats]) -> None:
-        for site in sites:
+    def _note_rtn(self, stats: Mapping[str, InputStats]) -> None:
+        """Note what rounding to nearest would lose as the network is."""
+        for site in self.sites:
             if (precision := self.plan.weight(site.name)) is not None:
-                weight = self.twin.net.get_parameter(f"{site.name}.weight").detach().flatten(1)
-                chosen = WeightSpec.of(precision).quantize(weight)
-                self.notes[site.name].setdefault(stage, {"error": self._error(site, chosen, stats[site.name])})
+                chosen = WeightSpec.of(precision).quantize(self._weight(site))
+                self.notes[site.name]["rtn"] = {"error": self._error(site, chosen, stats[site.name])}
+
+    def _weight(self, site: Site) -> Tensor:
+        """A site's weight, as transforms and blocks have left it."""
+        return self.twin.net.get_parameter(f"{site.name}.weight").detach()
 
     def _error(self, site: Site, chosen: QuantizedTensor, stats: InputStats) -> float:
         """|Q(x) Wq - x W|^2 / |x W|^2 over the sampled rows, inputs quantized as in the first step group that does."""
         assert stats.rows_RI is not None
         x_RI = stats.rows_RI
-        weight_OI = self.twin.net.get_parameter(f"{site.name}.weight").detach().float().flatten(1)
-        exact = x_RI.double() @ weight_OI.double().T
+        exact = x_RI.double() @ self._weight(site).float().double().flatten(1).T
         quantized = x_RI
         activation = next((p.activation for p in self.plan[site.name] if p.activation is not None), None)
         if activation is not None:
@@ -200,7 +191,7 @@ class Pipeline:
         error = (quantized.double() @ chosen.decode().double().flatten(1).T - exact).square().sum()
         return float(error / exact.square().sum().clamp_min(1e-300))
 
-    def _install(self, sites: Sequence[Site], result: _Result) -> None:
+    def _install(self, sites: Sequence[Site], result: BlockResult) -> None:
         for site in sites:
             parts = SiteParts(result.weights.get(site.name), self.ranges.get(site.name, {}))
             install_site(self.twin.net, self.plan, site.name, parts, self.twin.clock)
@@ -232,7 +223,11 @@ class Pipeline:
                 # Modulations that are computed before the blocks run may have absorbed a rescaling just now.
                 rest = [site for site in sites if site.name not in result.notes]
                 other = self._layers(rest, method, stats)
-                result = _Result(result.weights | other.weights, result.rescalings, result.notes | other.notes)
+                result = replace(
+                    result,
+                    weights={**result.weights, **other.weights},
+                    notes={**result.notes, **other.notes},
+                )
                 self._write(f"block-{number:03d}", result)
             self._install(sites, result)
             if self.progress is not None:
@@ -245,7 +240,7 @@ class Pipeline:
 
     def _block(
         self, number: int, sites: Sequence[Site], replay: Replay, full: Replay | None
-    ) -> tuple[_Result, dict[str, InputStats]]:
+    ) -> tuple[BlockResult, dict[str, InputStats]]:
         """What is chosen for the sites that run when the block is called, and what enters all of its sites."""
         final = self.chain.final
         needs = final.needs | {"rows_RI"}
@@ -256,7 +251,7 @@ class Pipeline:
         )
         if full is None:
             replay.run(number, collector)
-            return _Result(), collector.stats()
+            return BlockResult(), collector.stats()
         calls, exact = replay.run(number, collector, keep=True), full.run(number, keep=True)
         stats = collector.stats()
         return self._reconstructed(number, sites, stats, calls, exact), stats
@@ -273,16 +268,14 @@ class Pipeline:
         number: int,
         sites: Sequence[Site],
         stats: Mapping[str, InputStats],
-        calls: Sequence[Call],
-        exact: Sequence[Call],
-    ) -> _Result:
+        calls: Sequence[BlockCall],
+        exact: Sequence[BlockCall],
+    ) -> BlockResult:
         final, name = self.chain.final, self.twin.blocks[number]
         assert isinstance(final, BlockMethod)
-        assert len(calls) == len(exact)
         module = self.twin.net.get_submodule(name)
         together = [
-            BlockCall(call.args, call.kwargs, target.output, call.step)
-            for call, target in zip(calls, exact, strict=True)
+            replace(call, target=in_full_precision.target) for call, in_full_precision in zip(calls, exact, strict=True)
         ]
         held_out = together[HELD_OUT - 1 :: HELD_OUT] or together[-1:]
         chosen_from = [c for c in together if not any(c is h for h in held_out)] or together
@@ -301,18 +294,13 @@ class Pipeline:
         started = time.perf_counter()
         block = final.quantize_block(task)
         seconds = time.perf_counter() - started
-        result = _Result(rescalings=dict(block.rescalings))
-        for key, weight in block.weights.items():
-            shape = tuple(self.twin.net.get_parameter(f"{key}.weight").shape)
-            result.weights[key] = replace(weight, shape=shape)
-        for site in called:
-            note = {"seconds": round(seconds / len(called), 4), **block.notes.get(site.name, {})}
-            result.notes[site.name] = {type(final).__name__.lower(): note}
-        return result
+        stage, share = type(final).__name__.lower(), round(seconds / len(called), 4)
+        notes = {s.name: {stage: {"seconds": share, **block.notes.get(s.name, {})}} for s in called}
+        return replace(block, notes=notes)
 
     # ---- what is done ----------------------------------------------------------------------------
 
-    def _write(self, unit: str, result: _Result) -> None:
+    def _write(self, unit: str, result: BlockResult) -> None:
         if self.work is None:
             return
         tensors: dict[str, Tensor] = {}
@@ -323,25 +311,26 @@ class Pipeline:
             if rescaling.shift_C is not None:
                 tensors[f"{name}.rescaling_shift"] = rescaling.shift_C
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        metadata = {"notes": json.dumps(result.notes)}
+        metadata = {"notes": json.dumps(dict(result.notes))}
         write_with(self.work / f"{unit}.safetensors", lambda path: save_file(contiguous, path, metadata))
 
-    def _read(self, unit: str) -> _Result | None:
+    def _read(self, unit: str) -> BlockResult | None:
         if self.work is None or not (path := self.work / f"{unit}.safetensors").is_file():
             return None
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             notes = json.loads(file.metadata()["notes"])
-        result = _Result(notes=notes)
+        weights: dict[str, QuantizedTensor] = {}
+        rescalings: dict[str, Rescaling] = {}
         for key in tensors:
             name, _, kind = key.rpartition(".")
             if kind == "weight_shape":
                 precision = self.plan.weight(name)
                 assert precision is not None
-                result.weights[name] = unpack(name, tensors, WeightSpec.of(precision))
+                weights[name] = unpack(name, tensors, WeightSpec.of(precision))
             elif kind == "rescaling_scale":
-                result.rescalings[name] = Rescaling(tensors[key], tensors.get(f"{name}.rescaling_shift"))
-        return result
+                rescalings[name] = Rescaling(tensors[key], tensors.get(f"{name}.rescaling_shift"))
+        return BlockResult(weights, rescalings, notes)
 
 
 def _called(module: nn.Module, name: str, sites: Sequence[Site], call: BlockCall) -> list[Site]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +55,7 @@ def quantize(
     twin.clock = copy.copy(model.clock)
     twin.net = copy.deepcopy(model.net)
     notes = Pipeline(model, twin, plan, steps, settings, None if work is None else Path(work), progress).run()
-    uses_activations = steps.needs_calibration or any(_is_static(p) for name in plan for p in plan[name])
+    uses_activations = steps.needs_calibration or any(p.is_static for name in plan for p in plan[name])
     twin.provenance = {
         **model.provenance,
         "precision": "plan" if isinstance(precision, BitPlan) else str(Precision.parse(str(precision))),
@@ -65,10 +64,6 @@ def quantize(
         **({"calibration": settings.to_json(), "sites": notes} if uses_activations else {}),
     }
     return twin
-
-
-def _is_static(precision: Precision) -> bool:
-    return precision.activation is not None and precision.activation.group_size == "static"
 
 
 def as_chain(method: MethodLike) -> Chain:
@@ -159,6 +154,5 @@ def quantize_network(
         precision = plan.weight(name)
         assert precision is not None
         weight = net.get_parameter(f"{name}.weight").detach()
-        chosen = found.quantize(weight.flatten(1), stats.get(name, InputStats()), WeightSpec.of(precision))
-        parts[name] = SiteParts(replace(chosen, shape=tuple(weight.shape)))
+        parts[name] = SiteParts(found.quantize_layer(weight, stats.get(name, InputStats()), WeightSpec.of(precision)))
     return install(net, plan, parts, clock)

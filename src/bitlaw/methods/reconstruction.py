@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlaw.calibration.replay import BlockCall, map_leaves
 from bitlaw.formats import Format, Params
 from bitlaw.install import ATTENTION_OPERANDS, is_quantizable
 from bitlaw.linear import linear
-from bitlaw.methods.method import BlockCall, BlockResult, BlockTask, Rescaling
+from bitlaw.methods.method import BlockResult, BlockTask, Rescaling
 from bitlaw.methods.rescale import absorber_users, of_weight
 from bitlaw.models.generator import AbsorberPart, Site, StepClock
 from bitlaw.models.parts.key_values import LayerKeyValues
@@ -204,24 +205,20 @@ class WorkingBlock:
     def square_error(self, call: BlockCall) -> Tensor:
         """Sum of squares of what the block gives less the target."""
         self.clock.step = call.step
-        args, kwargs = self._given((call.args, dict(call.kwargs)))
+        args, kwargs = map_leaves((call.args, call.kwargs), self._given)
         out = self.module(*args, **kwargs)
         out = out if isinstance(out, Tensor) else out[0]
         difference: Tensor = out - call.target.to(out)
         return difference.square().sum()
 
     def _given(self, value: Any) -> Any:
-        """Arguments of a call on this device, in float32; what earlier steps have left is as this block leaves it."""
+        """What a call is given, on this device, in float32; what earlier steps have left is as this block leaves it."""
         if isinstance(value, Tensor):
             return value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
         if isinstance(value, LayerKeyValues):
             keys, values = self._given(value.key_values[..., : value.length, :])
             return LayerKeyValues(torch.stack([keys, self._rescaled_values(values)]), value.length, keeps=False)
-        if isinstance(value, dict):
-            return {key: self._given(item) for key, item in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self._given, value))
-        return type(value)(map(self._given, value)) if isinstance(value, tuple | list) else value
+        return value
 
     def _rescaled_values(self, values_RHMd: Tensor) -> Tensor:
         shape = (values_RHMd.shape[1], 1, values_RHMd.shape[3])

@@ -59,8 +59,9 @@ class SmoothQuant(Transform):
         wanted = [s.name for s in sites if plan.weight(s.name) and any(p.activation for p in plan[s.name])]
         rescalings: dict[str, Rescaling] = {}
         notes: dict[str, Note] = {}
-        for names in _together(sites, wanted):
-            is_whole = any(names == users for users in absorber_users(sites).values())
+        users = list(absorber_users(sites).values())
+        for names in _together(users, wanted):
+            is_whole = names in users
             if not self.explicit and not (is_whole and can_fold(net, sites, names[0])):
                 notes |= {name: {"skipped": "nothing before it absorbs a scale"} for name in names}
                 continue
@@ -131,11 +132,11 @@ def _error(layer: nn.Module, stats: InputStats, plan: BitPlan, name: str, scale_
     return sum(errors) / len(errors)
 
 
-def _together(sites: Sequence[Site], wanted: Sequence[str]) -> list[list[str]]:
-    """The sites in groups that share a scale; those whose absorber has other users stand alone."""
+def _together(users: Sequence[list[str]], wanted: Sequence[str]) -> list[list[str]]:
+    """The wanted sites in groups that share a scale; those whose absorber has other users stand alone."""
     groups: list[list[str]] = []
     shared: set[str] = set()
-    for names in absorber_users(sites).values():
+    for names in users:
         if all(name in wanted for name in names):
             groups.append(names)
             shared.update(names)

@@ -14,7 +14,7 @@ from torch import nn
 
 from bitlaw.models.generator import ImageGenerator, Site
 from bitlaw.packing import companion_bits, parts_of
-from bitlaw.precision import Precision, step_group
+from bitlaw.precision import step_group
 from bitlaw.quantized import QuantConv2d, QuantLayer
 
 SCALE_BITS = 16  # of a dynamic activation range: a float16 scale, and with it a zero point of the codes' width
@@ -95,7 +95,9 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
                 layer.precisions[step_group(layer.input_quant.step_groups, step)] for step in range(model.num_steps)
             ]
             activation_code_bits = sum(p.activation_bits for p in steps) / len(steps)
-            overhead = [p.activation_bits + SCALE_BITS if is_dynamic(p) else 0.0 for p in steps]
+            # Dynamic ranges come with the activations, static ones are part of the model.
+            is_dynamic = [p.activation is not None and not p.is_static for p in steps]
+            overhead = [p.activation_bits + SCALE_BITS for p, dynamic in zip(steps, is_dynamic, strict=True) if dynamic]
             size = _range_size(layer, site, model.num_steps)
             activation_bits = activation_code_bits + sum(overhead) / len(steps) / size
         counted.append(
@@ -111,11 +113,6 @@ def site_bits(model: ImageGenerator[Any]) -> list[SiteBits]:
             )
         )
     return counted
-
-
-def is_dynamic(precision: Precision) -> bool:
-    """Whether activations come with ranges of their own, which are part of them; static ones are part of the model."""
-    return precision.activation is not None and precision.activation.group_size != "static"
 
 
 def _range_size(layer: QuantLayer, site: Site, num_steps: int) -> float:
