@@ -1,6 +1,7 @@
 """The command line: what it prints, and one-line errors for mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_quantize_by_a_chain_with_static_ranges(tmp_path: Path, monkeypatch: pyt
     chain = ["--method", "smoothquant:alpha=0.6+gptq"]
     said = run("quantize", "ladder/var-xs", "--precision", "W3A8c", *chain, *options, "--out", str(out))
     assert "smoothquant:alpha=0.6+gptq, calibrated with 8 images" in said
+    stated = r"^calibration holds up to [\d.]+ MiB of extremes, sampled rows at \d+ layers$"
+    assert re.search(stated, said, re.MULTILINE) and said.index("calibration holds") < said.index("calibrating [")
     assert "blocks.0.ffn.fc2" in said and "gptq" in said
     stored = json.loads((out / "bitlaw.json").read_text())
     assert stored["plan"]["step_groups"] == [0, 2]

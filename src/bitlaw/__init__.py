@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitlaw.calibration.settings import Calibration
+    from bitlaw.distill.settings import Distillation
     from bitlaw.methods.quantize import quantize
     from bitlaw.metrics.evaluation import evaluate
     from bitlaw.models.loading import load
@@ -18,12 +19,24 @@ if TYPE_CHECKING:
     from bitlaw.scaling import fit, read_points
     from bitlaw.scaling.sweep import Study
 
-__all__ = ["BitPlan", "Calibration", "Precision", "Study", "evaluate", "fit", "load", "quantize", "read_points"]
+__all__ = [
+    "BitPlan",
+    "Calibration",
+    "Distillation",
+    "Precision",
+    "Study",
+    "evaluate",
+    "fit",
+    "load",
+    "quantize",
+    "read_points",
+]
 
 # Names are imported when they are first used: `bitlaw --help` need not wait for torch.
 _HOMES = {
     "BitPlan": "bitlaw.precision",
     "Calibration": "bitlaw.calibration.settings",
+    "Distillation": "bitlaw.distill.settings",
     "Precision": "bitlaw.precision",
     "Study": "bitlaw.scaling.sweep",
     "evaluate": "bitlaw.metrics.evaluation",

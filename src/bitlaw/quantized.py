@@ -334,9 +334,14 @@ class QuantLayer(nn.Module):
         if quantized is None:
             self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         else:
-            assert quantized.shape == tuple(layer.weight.shape)
-            # Not in the state dict: `packing` stores the codes.
-            self.register_buffer("weight", quantized.decode().to(layer.weight), persistent=False)
+            self.hold(quantized, layer.weight)
+
+    def hold(self, quantized: QuantizedTensor, like: Tensor) -> None:
+        """Compute with this weight, in the type and on the device of `like`, which has its shape."""
+        assert quantized.shape == tuple(like.shape)
+        self.quantized = quantized
+        # Not in the state dict: `packing` stores the codes.
+        self.register_buffer("weight", quantized.decode().to(like), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {', '.join(map(str, self.precisions))}"

@@ -1,11 +1,14 @@
 """What calibration sees, against tensors recorded by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bitlaw.calibration.collect import Collector, collect
+from bitlaw.calibration.histogram import Histograms
 from bitlaw.calibration.settings import Calibration
 from bitlaw.models.generator import Noise, rollout
 from tiny_models import TINY
@@ -114,6 +117,36 @@ def test_histograms_are_of_their_step_group() -> None:
     assert len(whole) == 1 and len(parts) == 3
     assert [p.total * 4 / whole[0].total for p in parts] == [1, 2, 1]
     assert min(p.low for p in parts) == whole[0].low and max(p.high for p in parts) == whole[0].high
+
+
+@pytest.mark.parametrize("needs", [ALL, ALL - {"hessian_II"}, frozenset({"hessian_II"}), frozenset({"histograms_S"})])
+def test_memory_stated_beforehand_is_what_is_held(needs) -> None:
+    torch.manual_seed(0)
+    model = TINY["dit"]()
+    names = [site.name for site in model.sites()]
+    few_rows = replace(SETTINGS, sample_rows=1)  # each layer gives so many
+    collector = Collector(model, names, needs, few_rows, step_groups=(0, 2))
+    stated = collector.num_bytes()
+    with collector.watching():
+        model.generate([0, 1])
+    held = sum(part.nbytes for seen in collector.seen.values() for part in tensors_of(seen))
+    held += sum(part.nbytes for entry in collector.stats().values() for part in made_by(entry))
+    # Numbers that wait to be counted are stated as if as many as can be did.
+    waiting = len(names) * Histograms.num_bytes(0) if "histograms_S" in needs else 0
+    assert held + waiting == stated
+
+
+def tensors_of(seen):
+    """What a collector holds of a layer."""
+    moments = [seen.moments._sum, seen.moments._buffer_RI] if seen.moments else []
+    ends = [seen.low_C, seen.high_C]
+    counts = [histogram.counts_K for histogram in seen.histograms.counted_S()] if seen.histograms else []
+    return [x for x in (*moments, *ends, *seen.rows, *counts) if x is not None]
+
+
+def made_by(stats):
+    """What `stats` makes beside it."""
+    return [x for x in (stats.second_moment_I, stats.hessian_II) if x is not None]
 
 
 def test_watching_ends() -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlaw.calibration.histogram import Histogram, static_range
+from bitlaw.calibration.histogram import Histogram, Histograms, static_range
 from bitlaw.formats import FORMATS
 
 
@@ -37,6 +37,33 @@ def test_extremes_are_exact_and_bins_hold_their_numbers() -> None:
     mean = (histogram.counts_K * histogram.centers_K).sum() / histogram.total
     width = 2 * histogram.bound / len(histogram.counts_K)
     assert abs(float(mean - x.mean())) < width / 2
+
+
+def test_what_is_counted_together_is_counted_as_one_by_one() -> None:
+    """In groups that take turns, and of more numbers than wait at a time."""
+    made, g = Histograms(2), torch.Generator().manual_seed(0)
+    parts = [torch.randn(7000, generator=g) * 2.0 ** (i % 5) for i in range(40)]
+    groups = [i // 3 % 2 for i in range(40)]
+    for x, group in zip(parts, groups, strict=True):
+        made.add(x, group)
+    for group, histogram in enumerate(made.counted_S()):
+        expected = of(*(x for x, other in zip(parts, groups, strict=True) if other == group))
+        assert torch.equal(histogram.counts_K, expected.counts_K)
+        assert (histogram.bound, histogram.low, histogram.high) == (expected.bound, expected.low, expected.high)
+
+
+@pytest.mark.parametrize("shape", [(1024, 128), (700, 384), (16, 64, 32, 32)])
+def test_of_large_tensors_every_channel_is_counted_alike(shape: tuple[int, ...]) -> None:
+    """Sizes whose evenly spaced numbers would be those of a few channels, or always the same corner of an image."""
+    axis = -1 if len(shape) == 2 else 1
+    channels = torch.arange(shape[axis], dtype=torch.float32)
+    made = Histograms(1)
+    made.add(channels.view(-1, *[1] * (len(shape) - 2) if axis == 1 else ()).expand(shape).clone() + 0.5, 0)
+    (histogram,) = made.counted_S()
+    counts = histogram.counts_K.nonzero()[:, 0]
+    assert len(counts) == shape[axis] and histogram.total < 2 * 8192
+    of_each = histogram.counts_K[counts]
+    assert of_each.max() - of_each.min() <= 1 + of_each.max() // 10
 
 
 def test_minmax_takes_everything_in() -> None:

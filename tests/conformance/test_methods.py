@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from bitlaw.calibration import InputStats
 from bitlaw.formats import FORMATS
 from bitlaw.methods import METHODS, RTN, LayerMethod
-from bitlaw.methods.quantize import quantize_network
-from bitlaw.models.generator import StepClock
 from bitlaw.packing import pack, unpack
 from bitlaw.precision import BitPlan, Precision, TensorPrecision
 from bitlaw.quantized import QuantizedTensor, WeightSpec
+from quantized_networks import quantized
 
 SPECS = [
     WeightSpec(FORMATS["int4"]),
@@ -128,7 +127,7 @@ def test_convolutions_are_quantized_like_linears(method: LayerMethod, spec: Weig
     plan = BitPlan({"0": (Precision(TensorPrecision(spec.format, spec.group_size)),)})
 
     def error(method: LayerMethod) -> float:
-        small = quantize_network(net, plan, method, StepClock(), stats)
+        small = quantized(net, plan, method, stats=stats)
         assert small.get_buffer("0.weight").shape == (24, 16, 3, 3)
         with torch.no_grad():
             return float((small(images) - net(images)).square().sum())

@@ -9,6 +9,7 @@ from block_tasks import applied, error_of, rtn, task_of
 from bitlaw.formats import FORMATS
 from bitlaw.methods.clip import ClipSearch
 from bitlaw.methods.learned_rounding import LearnedRounding, _Rounded, _RoundingLearner
+from bitlaw.methods.method import BlockResult
 from bitlaw.methods.reconstruction import Schedule, WorkingBlock, learn
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import WeightSpec
@@ -51,14 +52,32 @@ def test_codes_are_those_below_or_above():
         assert result.notes[site.name]["moved"] == pytest.approx(moved) and 0 < moved < 0.5
 
 
-def test_without_steps_it_is_the_search():
-    task = task_of("ddpm", "W3A16")
-    result = LearnedRounding(steps=0).quantize_block(task)
+@pytest.mark.parametrize("text", ["W3A16", "W3sA16", "W2g8A16", "W4tA16"])
+def test_weights_in_the_middle_of_two_codes_begin_where_they_were_rounded_to(text):
+    g = torch.Generator().manual_seed(0)
+    spec = WeightSpec.of(Precision.parse(text).weight)
+    exact = spec.quantize(torch.randn(32, 64, generator=g))
+    scale = spec.join(
+        exact.params["scale_G1"].float().expand(-1, exact.codes.numel() // len(exact.params["scale_G1"])), (32, 64)
+    )
+    weight = exact.decode() + scale / 2
+    start = spec.quantize(weight)
+    assert torch.equal(_Rounded.of(weight, start).hard().codes, start.codes)
+
+
+@pytest.mark.parametrize(("family", "best"), [("dit", "search"), ("ddpm", "rtn")])
+def test_without_steps_it_is_the_better_start(family, best):
+    task = task_of(family, "W3A16")
+    weights = {}
     for site in task.sites:
         weight = task.module.get_parameter(f"{task.inside(site)}.weight").detach()
-        expected = ClipSearch().quantize(weight.flatten(1), task.stats[site.name], result.weights[site.name].spec)
-        assert torch.equal(result.weights[site.name].codes, expected.codes)
-        assert result.weights[site.name].shape == tuple(weight.shape)
+        spec = WeightSpec.of(task.plan.weight(site.name))
+        weights[site.name] = ClipSearch().quantize_layer(weight, task.stats[site.name], spec)
+    starts = {"search": BlockResult(weights), "rtn": rtn(task)}
+    assert best == min(starts, key=lambda name: error_of(*applied(task, starts[name]), task.held_out))
+    result = LearnedRounding(steps=0).quantize_block(task)
+    assert all(torch.equal(result.weights[n].codes, w.codes) for n, w in starts[best].weights.items())
+    assert all(result.weights[n].shape == w.shape for n, w in starts[best].weights.items())
 
 
 def test_it_gives_the_same_twice():
@@ -73,7 +92,7 @@ def test_the_penalty_decides_what_the_loss_leaves_open():
     task, undecided = task_of("dit", "W3A16"), {}
     for penalty in (100.0, 0.0):
         block = WorkingBlock(task)
-        learner = _RoundingLearner(block, LearnedRounding(penalty=penalty))
+        learner = _RoundingLearner(block, LearnedRounding(penalty=penalty), ClipSearch())
         learn(block, learner, Schedule(150, 1))
         up = torch.cat([rounded.up_GN().detach().flatten() for rounded in learner.rounded.values()])
         undecided[penalty] = float(((up > 0.05) & (up < 0.95)).float().mean())

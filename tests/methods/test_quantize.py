@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
 from bitlaw.formats import FORMATS
-from bitlaw.install import install, is_quantizable, plan_of
+from bitlaw.install import check_plan, install, is_quantizable, plan_of
 from bitlaw.methods import RTN, LayerMethod
-from bitlaw.methods.quantize import check_quantizable, quantize, quantize_network
+from bitlaw.methods.quantize import check_quantizable, quantize
 from bitlaw.models.autoencoders.multi_scale_vq import Phi, VQTokenizer, VQTokenizerConfig
 from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
@@ -21,6 +21,7 @@ from bitlaw.models.var import VAR, VARSampling
 from bitlaw.packing import pack_network, unpack_network
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import FakeQuant, QuantConv2d, QuantizedTensor, QuantLayer, QuantLinear, WeightSpec
+from quantized_networks import quantized
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -70,7 +71,7 @@ X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 
 def test_only_planned_sites_change_and_only_in_the_copy(net: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    small = quantize_network(net, plan("W4A8", "0.fc", "1.attn.proj"), "rtn", Clock())
+    small = quantized(net, plan("W4A8", "0.fc", "1.attn.proj"))
     changed = {name for name, module in small.named_modules() if isinstance(module, QuantLinear)}
     assert changed == {"0.fc", "1.attn.proj"}
     assert not any(isinstance(module, QuantLinear) for module in net.modules())
@@ -80,21 +81,21 @@ def test_only_planned_sites_change_and_only_in_the_copy(net: nn.Module) -> None:
 
 
 def test_sites_at_16_bits_stay_linear(net: nn.Module) -> None:
-    small = quantize_network(net, plan("W16A16", "0.fc"), "rtn", Clock())
+    small = quantized(net, plan("W16A16", "0.fc"))
     assert isinstance(small.get_submodule("0.fc"), nn.Linear)
     assert torch.equal(small(X), net(X))
     assert plan_of(small) is None
 
 
 def test_weights_are_what_the_method_chose(net: nn.Module) -> None:
-    small = quantize_network(net, plan("W3g8A16", "0.fc"), RTN(), Clock())
+    small = quantized(net, plan("W3g8A16", "0.fc"))
     layer = small.get_submodule("0.fc")
     expected = WeightSpec(FORMATS["int3"], 8).quantize(net.get_parameter("0.fc.weight").detach())
     assert torch.equal(layer.get_buffer("weight"), expected.decode())
 
 
 def test_attention_operands_are_quantized_where_the_plan_says(net: nn.Module) -> None:
-    small = quantize_network(net, plan("W16A16KV4", "1.attn.qkv"), "rtn", Clock())
+    small = quantized(net, plan("W16A16KV4", "1.attn.qkv"))
     attention = small.get_submodule("1.attn")
     for operand in (attention.quant_q, attention.quant_k, attention.quant_v):
         assert isinstance(operand, FakeQuant)
@@ -106,10 +107,8 @@ def test_attention_operands_are_quantized_where_the_plan_says(net: nn.Module) ->
 def test_activations_change_with_the_step_group(net: nn.Module) -> None:
     clock = Clock()
     precisions = (Precision.parse("W8A2KV2"), Precision.parse("W8A16"))
-    grouped = quantize_network(net, BitPlan({"0.attn.qkv": precisions}, step_groups=(0, 2)), "rtn", clock)
-    early, late = (
-        quantize_network(net, BitPlan({"0.attn.qkv": (precision,)}), "rtn", Clock()) for precision in precisions
-    )
+    grouped = quantized(net, BitPlan({"0.attn.qkv": precisions}, step_groups=(0, 2)), clock=clock)
+    early, late = (quantized(net, BitPlan({"0.attn.qkv": (precision,)})) for precision in precisions)
     for clock.step in range(4):
         assert torch.equal(grouped(X), (early if clock.step < 2 else late)(X))
 
@@ -127,7 +126,7 @@ def test_every_site_that_cannot_be_is_named_before_any_work(net: nn.Module) -> N
         }
     )
     with pytest.raises(ValueError) as caught:
-        quantize_network(net, bad, "rtn", Clock())
+        check_plan(net, bad)
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("unknown site '0.fcc'; did you mean 0.fc")
@@ -139,14 +138,9 @@ def test_every_site_that_cannot_be_is_named_before_any_work(net: nn.Module) -> N
 
 
 def test_a_quantized_network_is_not_quantized_again(net: nn.Module) -> None:
-    small = quantize_network(net, plan("W4", "0.fc"), "rtn", Clock())
+    small = quantized(net, plan("W4", "0.fc"))
     with pytest.raises(ValueError, match=r"0\.fc: quantized already"):
-        quantize_network(small, plan("W3", "0.fc"), "rtn", Clock())
-
-
-def test_unknown_method(net: nn.Module) -> None:
-    with pytest.raises(ValueError, match="unknown method 'rtm'; did you mean rtn"):
-        quantize_network(net, plan("W4", "0.fc"), "rtm", Clock())
+        check_plan(small, plan("W3", "0.fc"))
 
 
 @dataclass(frozen=True)
@@ -165,14 +159,10 @@ class ClipSearch(LayerMethod):
         return min((spec.quantize(weight_OI, clip=ratio) for ratio in self.ratios), key=error)
 
 
-def test_methods_get_what_they_need_or_say_so(net: nn.Module) -> None:
+def test_methods_get_what_they_need(net: nn.Module) -> None:
     sites = plan("W2A16", "0.fc", "1.fc")
-    with pytest.raises(ValueError) as caught:
-        quantize_network(net, sites, ClipSearch(), Clock(), {"1.fc": InputStats(torch.ones(16))})
-    assert str(caught.value) == "0.fc: ClipSearch needs second_moment_I of its inputs; calibrate first"
-
     stats = {site: InputStats(torch.linspace(0.1, 3, 16)) for site in sites}
-    searched, rtn = (quantize_network(net, sites, m, Clock(), stats) for m in (ClipSearch(), RTN()))
+    searched, rtn = (quantized(net, sites, m, stats=stats) for m in (ClipSearch(), RTN()))
 
     def error(small: nn.Module) -> float:
         difference = small.get_submodule("0.fc").get_buffer("weight") - net.get_parameter("0.fc.weight")
@@ -214,7 +204,7 @@ def unet() -> nn.Module:
 @pytest.mark.parametrize("text", ["W4A8", "W3g8A8", "W8tA8t", "W12sAe4m3", "We2m1", "W16A6", "W0A0"])
 def test_convolutions_survive_packing_bit_for_bit(unet: nn.Module, text: str) -> None:
     sites = plan(text, *CONVOLUTIONS, "attn.qkv", "attn.proj")
-    small = quantize_network(unet, sites, "rtn", Clock())
+    small = quantized(unet, sites)
     assert {name for name, m in small.named_modules() if isinstance(m, QuantConv2d)} == set(CONVOLUTIONS)
     assert {name for name, m in small.named_modules() if isinstance(m, QuantLinear)} == {"attn.qkv", "attn.proj"}
     assert not torch.equal(small(IMAGES), unet(IMAGES))
@@ -228,7 +218,7 @@ def test_convolutions_survive_packing_bit_for_bit(unet: nn.Module, text: str) ->
 
 
 def test_every_convolution_takes_the_bits_it_says(unet: nn.Module) -> None:
-    small = quantize_network(unet, plan("W3g8A8", *CONVOLUTIONS), "rtn", Clock())
+    small = quantized(unet, plan("W3g8A8", *CONVOLUTIONS))
     stored = pack_network(small)
     for name in CONVOLUTIONS:
         layer = small.get_submodule(name)
@@ -243,13 +233,13 @@ def test_every_convolution_takes_the_bits_it_says(unet: nn.Module) -> None:
 
 def test_nearly_exact_convolutions_are_nearly_the_original(unet: nn.Module) -> None:
     """In 12 bits the error is that of rounding, 2^-12 of a range for each number, however they are placed."""
-    small = quantize_network(unet, plan("W12A12", *CONVOLUTIONS), "rtn", Clock())
+    small = quantized(unet, plan("W12A12", *CONVOLUTIONS))
     torch.testing.assert_close(small(IMAGES), unet(IMAGES), rtol=0, atol=2e-3)
 
 
 def test_halves_of_a_network_stay_halves(unet: nn.Module) -> None:
-    exact = quantize_network(unet, plan("W4A8", *CONVOLUTIONS), "rtn", Clock())(IMAGES)
-    half = quantize_network(unet.to(torch.bfloat16), plan("W4A8", *CONVOLUTIONS), "rtn", Clock())
+    exact = quantized(unet, plan("W4A8", *CONVOLUTIONS))(IMAGES)
+    half = quantized(unet.to(torch.bfloat16), plan("W4A8", *CONVOLUTIONS))
     out = half(IMAGES.to(torch.bfloat16))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.05 * float(exact.abs().max()))
@@ -265,7 +255,7 @@ def test_methods_see_a_convolution_as_a_linear(unet: nn.Module) -> None:
             seen[len(seen)] = weight_OI
             return spec.quantize(weight_OI)
 
-    small = quantize_network(unet, plan("W4A16", *CONVOLUTIONS), Spy(), Clock())
+    small = quantized(unet, plan("W4A16", *CONVOLUTIONS), Spy())
     assert [tuple(weight.shape) for weight in seen.values()] == [(16, 72), (8, 72), (8, 8), (8, 72)]
     rows = nn.functional.unfold(IMAGES, 3, padding=1).transpose(1, 2)
     unfolded = (rows @ seen[0].T + unet.get_parameter("conv1.bias")).transpose(1, 2).unflatten(2, (6, 6))
@@ -286,7 +276,7 @@ def test_convolutions_that_cannot_be_are_named_before_any_work(unet: nn.Module) 
     unet.get_parameter("down.weight").data[0, 0, 0, 0] = torch.inf
     names = ["unet.conv1", "unet.conv2", "unet.shortcut", "unet.down", "phi", "tiled", "up", "line", "unet.conv3"]
     with pytest.raises(ValueError) as caught:
-        quantize_network(net, plan("W4g16A8", *names), "rtn", Clock())
+        check_plan(net, plan("W4g16A8", *names))
     lines = str(caught.value).splitlines()
     assert lines[0] == (
         "unet.conv1: 72 inputs (8 channels x 3 x 3 kernel), not a multiple of group size 16; use 8 or protect this site"
@@ -316,9 +306,9 @@ def test_subclasses_count_as_what_they_compute() -> None:
 
 
 def test_a_quantized_convolution_is_not_quantized_again(unet: nn.Module) -> None:
-    small = quantize_network(unet, plan("W4", "conv1"), "rtn", Clock())
+    small = quantized(unet, plan("W4", "conv1"))
     with pytest.raises(ValueError, match="conv1: quantized already"):
-        quantize_network(small, plan("W3", "conv1"), "rtn", Clock())
+        check_plan(small, plan("W3", "conv1"))
 
 
 # ---- whole models -------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """SmoothQuant on whole models, and on a layer with outliers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bitlaw
@@ -11,6 +14,7 @@ from bitlaw.methods.smoothquant import GRID, SmoothQuant, smoothing_scale
 from bitlaw.models.generator import Noise, Site, rollout
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import QuantLayer
+from quantized_networks import quantized
 from tiny_models import TINY
 
 FEW = bitlaw.Calibration(num_images=4, batch_size=2, seed=5)
@@ -57,15 +61,10 @@ def test_outlier_channels_hurt_less() -> None:
     exact = net(x)
 
     def error(smooth: bool) -> float:
-        from copy import deepcopy
-
-        from bitlaw.methods.quantize import quantize_network
-        from bitlaw.models.generator import StepClock
-
         twin = deepcopy(net)
         if smooth:
             SmoothQuant().apply(twin, [site], plan, stats)
-        return float((quantize_network(twin, plan, "rtn", StepClock())(x) - exact).square().sum())
+        return float((quantized(twin, plan)(x) - exact).square().sum())
 
     assert error(True) < 0.5 * error(False)
 
@@ -119,13 +118,6 @@ def test_scales_are_those_of_the_paper_but_for_a_common_factor() -> None:
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_the_search_finds_the_best_alpha_of_its_grid(kind: str) -> None:
     """By the error of the quantized layer itself, for the rows that the search has seen."""
-    from copy import deepcopy
-
-    import torch.nn.functional as F
-
-    from bitlaw.methods.quantize import quantize_network
-    from bitlaw.models.generator import StepClock
-
     g = torch.Generator().manual_seed(0)
     sizes = torch.exp2(3 * torch.randn(16, generator=g))
     if kind == "linear":
@@ -143,7 +135,7 @@ def test_the_search_finds_the_best_alpha_of_its_grid(kind: str) -> None:
     def error(alpha: float | None) -> float:
         twin = deepcopy(net)
         notes.update(SmoothQuant(alpha).apply(twin, [site], plan, stats))
-        return float((quantize_network(twin, plan, "rtn", StepClock())(x) - exact).square().sum())
+        return float((quantized(twin, plan)(x) - exact).square().sum())
 
     errors = {alpha: error(alpha) for alpha in GRID}
     best = min(errors, key=errors.__getitem__)

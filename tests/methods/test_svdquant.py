@@ -9,13 +9,14 @@ from torch import nn
 import bitlaw
 from bitlaw.calibration import InputStats
 from bitlaw.methods.method import Transform
-from bitlaw.methods.quantize import quantize, quantize_network
+from bitlaw.methods.quantize import quantize
 from bitlaw.methods.smoothquant import SmoothQuant
 from bitlaw.methods.svdquant import SVDQuant
-from bitlaw.models.generator import Site, StepClock
+from bitlaw.models.generator import Site
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.quantized import QuantLayer
 from bitlaw.scaling.bits import count_bits
+from quantized_networks import quantized
 from tiny_models import TINY
 
 FEW = bitlaw.Calibration(num_images=4, batch_size=2, seed=5)
@@ -41,7 +42,7 @@ def test_outliers_go_to_the_branch() -> None:
         if method is not None:
             method.apply(twin, [Site("0", "fc1", 0, "blocks", 1)], plan, stats)
             torch.testing.assert_close(twin(x), exact, rtol=1e-3, atol=1e-3)
-        return float((quantize_network(twin, plan, "rtn", StepClock())(x) - exact).square().sum())
+        return float((quantized(twin, plan)(x) - exact).square().sum())
 
     assert error(SVDQuant(rank=8)) < 0.9 * error(SmoothQuant()) < 0.9 * error(None)
 

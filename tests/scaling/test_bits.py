@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitlaw.methods.quantize import quantize_network
-from bitlaw.models.generator import Site, StepClock
+from bitlaw.models.generator import Site
 from bitlaw.packing import pack_network
 from bitlaw.precision import BitPlan, Precision
 from bitlaw.scaling.bits import count_bits, describe_bits, site_bits
+from quantized_networks import quantized
 
 NUM_STEPS = 5
 
@@ -54,9 +54,9 @@ def model() -> Model:
     return Model(UNet().eval().requires_grad_(False))
 
 
-def quantized(model: Model, text: str) -> Model:
+def small_model(model: Model, text: str) -> Model:
     plan = BitPlan({site.name: (Precision.parse(text),) for site in model.sites()})
-    return Model(quantize_network(model.net, plan, "rtn", StepClock()))
+    return Model(quantized(model.net, plan))
 
 
 def test_weights_of_a_convolution_are_all_its_numbers(model: Model) -> None:
@@ -83,7 +83,7 @@ def test_uses_times_weights_are_the_multiplications(model: Model) -> None:
 
 
 def test_sizes_of_a_quantized_unet_are_those_of_its_tensors(model: Model) -> None:
-    small = quantized(model, "W4A8")
+    small = small_model(model, "W4A8")
     bits = count_bits(small)
     packed = sum(8 * t.nbytes for key, t in pack_network(small.net).items() if not key.endswith("_shape"))
     assert bits.quantized_bits == packed
@@ -94,7 +94,7 @@ def test_sizes_of_a_quantized_unet_are_those_of_its_tensors(model: Model) -> Non
 
 def test_the_range_of_an_image_costs_less_than_those_of_tokens(model: Model) -> None:
     """16 bits of scale and 8 of zero point for the 4 x 8 x 8 inputs, the 8 x 8 x 8 ones, and each token's 8."""
-    small = quantized(model, "W4A8")
+    small = small_model(model, "W4A8")
     conv, down, linear = site_bits(small)
     assert conv.activation_bits == 8 + 24 / (4 * 8 * 8)
     assert down.activation_bits == 8 + 24 / (8 * 8 * 8)
@@ -105,7 +105,7 @@ def test_the_range_of_an_image_costs_less_than_those_of_tokens(model: Model) -> 
 
 
 def test_every_site_has_its_line(model: Model) -> None:
-    small = quantized(model, "W4A8")
+    small = small_model(model, "W4A8")
     lines = describe_bits(small, count_bits(small)).splitlines()  # names of any length
     assert lines[1].split() == ["conv", "W4A8", "288", "4.00", "5.00"]
     assert lines[3].split() == ["down_blocks.0.attentions.0.transformer_blocks.to_out", "W4A8", "64", "4.00", "6.50"]

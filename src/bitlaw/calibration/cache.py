@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitlaw.calibration.collect import Progress, collect
 from bitlaw.calibration.histogram import Histogram
@@ -56,19 +56,25 @@ def calibrate(
 
 def fingerprint(model: ImageGenerator[Any], settings: Calibration, *more: Any) -> str:
     """A name for a model's numbers, its sampler, calibration settings, and further plain values."""
-    digest = hashlib.blake2b(digest_size=16)
     described = {
-        "versions": [version("bitlaw"), version("torch")],
         "config": model.to_config(),
         "sampling": repr(model.sampling),
         "settings": settings.to_json(),
         "more": more,
     }
+    return fingerprint_of(described, model.net)
+
+
+def fingerprint_of(described: Mapping[str, Any], *modules: nn.Module) -> str:
+    """A name for plain values and the numbers of modules, under these versions of bitlaw and torch."""
+    digest = hashlib.blake2b(digest_size=16)
+    described = {"versions": [version("bitlaw"), version("torch")], **described}
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.net.named_parameters(), *model.net.named_buffers()]:
-        digest.update(name.encode())
-        numbers: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(numbers)
+    for module in modules:
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            digest.update(name.encode())
+            numbers: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(numbers)
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 Legend: R rows, I inputs of an output channel, C input channels, B images, H height, W width.
 """
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitlaw.calibration.histogram import Histogram
+from bitlaw.calibration.histogram import Histograms
 from bitlaw.calibration.moments import Moments
 from bitlaw.calibration.settings import Calibration
 from bitlaw.calibration.stats import InputStats
@@ -24,11 +23,18 @@ from bitlaw.precision import step_group
 from bitlaw.quantized import QuantConv2d
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
+"""Told what is being done, how much of it is done, and of how much; of 0 where it is only something to know."""
 
 CONVOLUTIONS = (nn.Conv2d, QuantConv2d)
 
-log = logging.getLogger(__name__)
+_WORDS = {
+    "hessian_II": "Hessians",
+    "second_moment_I": "second moments",
+    "low_C": "extremes",
+    "high_C": "extremes",
+    "rows_RI": "sampled rows",
+    "histograms_S": "histograms",
+}
 
 
 def num_inputs(layer: nn.Module) -> int:
@@ -40,12 +46,16 @@ def num_inputs(layer: nn.Module) -> int:
 
 @dataclass
 class _Seen:
-    """What has been seen enter one layer."""
+    """What has been seen enter one layer.
 
+    share: of its rows, those that go to the moments
+    """
+
+    share: float
     moments: Moments | None = None
+    histograms: Histograms | None = None
     low_C: Tensor | None = None
     high_C: Tensor | None = None
-    histograms_S: list[Histogram] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     num_sampled: int = 0
     calls: int = 0
@@ -72,15 +82,17 @@ class Collector:
         self.model, self.needs, self.settings, self.step_groups = model, needs, settings, tuple(step_groups)
         self.layers = {name: model.net.get_submodule(name) for name in names}
         self.expected_rows = dict(expected_rows or {})
-        self.seen = {name: self._nothing(layer) for name, layer in self.layers.items()}
+        self.seen = {name: self._nothing(name) for name in self.layers}
         self._random = random.Random(settings.seed)
+        self._needs_ends, self._needs_rows = not needs.isdisjoint({"low_C", "high_C"}), "rows_RI" in needs
 
-    def _nothing(self, layer: nn.Module) -> _Seen:
-        seen = _Seen()
+    def _nothing(self, name: str) -> _Seen:
+        width = num_inputs(self.layers[name])
+        seen = _Seen(min(1.0, self.settings.rows_per_input * width / max(self.expected_rows.get(name, 0.0), 1.0)))
         if {"second_moment_I", "hessian_II"} & self.needs:
-            seen.moments = Moments(num_inputs(layer), hessian="hessian_II" in self.needs)
+            seen.moments = Moments(width, hessian="hessian_II" in self.needs)
         if "histograms_S" in self.needs:
-            seen.histograms_S = [Histogram.empty() for _ in self.step_groups]
+            seen.histograms = Histograms(len(self.step_groups))
         return seen
 
     @contextmanager
@@ -108,33 +120,34 @@ class Collector:
 
     def _record(self, name: str, layer: nn.Module, x: Tensor, is_convolution: bool) -> None:
         seen = self.seen[name]
-        if {"low_C", "high_C"} & self.needs:
+        ends = None
+        if self._needs_ends:
             over = (0, 2, 3) if is_convolution else tuple(range(x.ndim - 1))
             low_C, high_C = x.amin(over).float(), x.amax(over).float()
             seen.low_C = low_C if seen.low_C is None else seen.low_C.minimum(low_C)
             seen.high_C = high_C if seen.high_C is None else seen.high_C.maximum(high_C)
-        if seen.histograms_S:
-            group = step_group(self.step_groups, self.model.clock.step)
-            ends = (float(low_C.min()), float(high_C.max())) if {"low_C", "high_C"} & self.needs else None
-            seen.histograms_S[group] = seen.histograms_S[group].add(x, ends)
+            ends = float(low_C.min()), float(high_C.max())
+        if seen.histograms is not None:
+            seen.histograms.add(x, step_group(self.step_groups, self.model.clock.step), ends)
+        needs_rows = self._needs_rows and seen.num_sampled < self.settings.sample_rows
+        if seen.moments is None and not needs_rows:
+            return
         count = _num_rows(layer, x)
-        expected = max(self.expected_rows.get(name, 0.0), 1.0)
         if seen.moments is not None:
-            share = min(1.0, self.settings.rows_per_input * num_inputs(layer) / expected)
-            seen.owed += count * share
+            seen.owed += count * seen.share
             wanted = min(count, int(seen.owed + 1e-6))
             seen.owed -= wanted
             if wanted:
                 weight = 1.0 / wanted if self.settings.balanced_steps else count / wanted
                 for rows_RI in _rows(layer, x, self._choose(count, wanted)):
                     seen.moments.add(rows_RI, weight)
-        if "rows_RI" in self.needs:
-            wanted = min(count, ceil(self.settings.sample_rows * count / max(expected, count)))
+        if needs_rows:
+            expected = max(self.expected_rows.get(name, 0.0), count)
+            wanted = min(count, ceil(self.settings.sample_rows * count / expected))
             wanted = min(wanted, self.settings.sample_rows - seen.num_sampled)
-            if wanted > 0:
-                seen.num_sampled += wanted
-                # Copied: what is chosen may be a view of all that entered.
-                seen.rows += [part.float().clone() for part in _rows(layer, x, self._choose(count, wanted))]
+            seen.num_sampled += wanted
+            # Copied: what is chosen may be a view of all that entered.
+            seen.rows += [part.float().clone() for part in _rows(layer, x, self._choose(count, wanted))]
 
     def _choose(self, count: int, wanted: int) -> slice | None:
         """Evenly spaced `wanted` of `count` rows, beginning anywhere; None for all."""
@@ -143,6 +156,26 @@ class Collector:
         spacing = count // wanted
         begin = self._random.randrange(count - spacing * (wanted - 1))
         return slice(begin, begin + spacing * (wanted - 1) + 1, spacing)
+
+    def num_bytes(self) -> int:
+        """Bytes that the statistics take when all has been seen, and `stats` has been called."""
+        return sum(map(self._num_bytes, self.layers))
+
+    def _num_bytes(self, name: str) -> int:
+        layer, seen = self.layers[name], self.seen[name]
+        width, size = num_inputs(layer), Histograms.num_bytes(len(self.step_groups)) if seen.histograms else 0
+        if (moments := seen.moments) is not None:
+            size += Moments.num_bytes(width, moments.hessian) + 4 * width * (1 + width * moments.hessian)
+        if self._needs_ends:
+            size += 2 * 4 * (int(layer.in_channels) if isinstance(layer, CONVOLUTIONS) else width)
+        if self._needs_rows:
+            size += 4 * width * self.settings.sample_rows
+        return size
+
+    def describe_memory(self) -> str:
+        """What the statistics will take, in words."""
+        kinds = dict.fromkeys(word for need, word in _WORDS.items() if need in self.needs)
+        return f"{in_words(self.num_bytes())} of {', '.join(kinds)} at {len(self.layers)} layers"
 
     def stats(self) -> dict[str, InputStats]:
         """What was seen. ValueError names every layer that nothing entered."""
@@ -163,9 +196,14 @@ class Collector:
             low_C=seen.low_C,
             high_C=seen.high_C,
             rows_RI=torch.cat(seen.rows) if seen.rows else None,
-            histograms_S=tuple(seen.histograms_S) or None,
+            histograms_S=seen.histograms.counted_S() if seen.histograms else None,
             num_rows=moments.num_rows if moments else 0,
         )
+
+
+def in_words(num_bytes: int) -> str:
+    """A size as people say it."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _num_rows(layer: nn.Module, x: Tensor) -> int:
@@ -239,7 +277,8 @@ def collect(
     collector = Collector(model, names, needs, settings, step_groups, expected_rows(model, settings))
     total = model.num_steps * ceil(settings.num_images / settings.batch_size)
     done = 0
-    log.info("calibration: %d images, %d steps; %s", settings.num_images, model.num_steps, describe_memory(collector))
+    if progress is not None:
+        progress(f"calibration holds up to {collector.describe_memory()}", 0, 0)
     with collector.watching():
         for labels_B, noise in batches(model, settings):
             for _ in rollout(model, labels_B, noise):
@@ -247,13 +286,3 @@ def collect(
                 if progress is not None:
                     progress("calibrating", done, total)
     return collector.stats()
-
-
-def describe_memory(collector: Collector) -> str:
-    """What the statistics will take, in words."""
-    size = 0
-    for name, layer in collector.layers.items():
-        width, moments = num_inputs(layer), collector.seen[name].moments
-        size += 0 if moments is None else Moments.num_bytes(width, moments.hessian)
-        size += 4 * width * collector.settings.sample_rows if "rows_RI" in collector.needs else 0
-    return f"statistics of {len(collector.layers)} layers in {size / 2**20:,.0f} MiB"

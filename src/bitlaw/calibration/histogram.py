@@ -3,7 +3,8 @@
 Legend: N numbers, K bins.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd, isfinite
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from bitlaw.formats import Format, Params
 
 NUM_BINS = 4096
 _MOST_COUNTED = 2**13  # numbers of one tensor; counting is slower than a product with a small matrix
+_MOST_WAITING = 2**16  # numbers, and what is above of the last tensor; they are counted together
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,22 @@ class Histogram:
         return (torch.arange(len(self.counts_K)) + 0.5) * width - self.bound
 
     def add(self, x: Tensor, ends: tuple[float, float] | None = None) -> "Histogram":
-        """With the numbers of a tensor. Of a large one evenly spaced numbers are counted; the extremes are of all.
-
-        ends: the least and the greatest number, where they are known
-        """
+        """With the numbers of a tensor. `ends` are the least and the greatest of these or of more; None to find them."""
         low, high = ends or (float(x.min()), float(x.max()))
         here = self._widened(max(high, -low))
         x_N = x.detach().flatten()
-        x_N = x_N[:: max(1, len(x_N) // _MOST_COUNTED)]
         # Exact, the factor being a power of two: a wider histogram finds each number in the pair its bin merges into.
         half = len(self.counts_K) // 2
-        bins = (x_N.float() * (half / here.bound)).floor_().to(torch.int64).add_(half).clamp_(0, 2 * half - 1)
+        bins = (x_N.float() * (half / here.bound)).floor_().to(torch.int32).add_(half).clamp_(0, 2 * half - 1)
         counts_K = here.counts_K + torch.bincount(bins, minlength=len(self.counts_K)).cpu()
         return Histogram(counts_K, here.bound, min(self.low, low), max(self.high, high))
 
     def _widened(self, magnitude: float) -> "Histogram":
         counts_K, bound = self.counts_K, self.bound
+        if not isfinite(self.low):  # nothing to merge yet
+            while bound < magnitude:
+                bound *= 2
+            return replace(self, bound=bound)
         while bound < magnitude:
             quarter = len(counts_K) // 4
             merged = counts_K.view(-1, 2).sum(1)
@@ -68,6 +70,55 @@ class Histogram:
             counts_K[quarter : 3 * quarter] = merged
             bound *= 2
         return Histogram(counts_K, bound, self.low, self.high)
+
+
+class Histograms:
+    """Histograms that are made of many tensors, of whose numbers few are counted, and many at a time.
+
+    Of a large tensor evenly spaced numbers are counted, every channel alike; the extremes are of all.
+    """
+
+    def __init__(self, count: int):
+        self._counted_S = [Histogram.empty() for _ in range(count)]
+        self._waiting: list[Tensor] = []
+        self._num_waiting, self._group, self._low, self._high = 0, 0, torch.inf, -torch.inf
+
+    @staticmethod
+    def num_bytes(count: int) -> int:
+        """Bytes that are held while tensors are added."""
+        return 8 * NUM_BINS * count + 4 * (_MOST_WAITING + 2 * _MOST_COUNTED)
+
+    def add(self, x: Tensor, group: int, ends: tuple[float, float] | None = None) -> None:
+        """Take a tensor in for histogram number `group`. `ends` are its least and greatest numbers, where known."""
+        if group != self._group:
+            self._count()
+            self._group = group
+        low, high = ends or (float(x.min()), float(x.max()))
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        x_N = x.detach().flatten()
+        self._waiting.append(x_N[:: _step(len(x_N))].to(torch.float32, copy=True))
+        self._num_waiting += len(self._waiting[-1])
+        if self._num_waiting >= _MOST_WAITING:
+            self._count()
+
+    def counted_S(self) -> tuple[Histogram, ...]:
+        """The histograms of all that was added."""
+        self._count()
+        return tuple(self._counted_S)
+
+    def _count(self) -> None:
+        if self._waiting:
+            before, ends = self._counted_S[self._group], (self._low, self._high)
+            self._counted_S[self._group] = before.add(torch.cat(self._waiting), ends)
+            self._waiting, self._num_waiting, self._low, self._high = [], 0, torch.inf, -torch.inf
+
+
+def _step(size: int) -> int:
+    """From one counted number to the next: prime to `size`, so that each channel is met as often as the others."""
+    step = max(1, size // _MOST_COUNTED)
+    while gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 def static_range(histogram: Histogram, format: Format, choice: "RangeChoice", percentile: float = 99.99) -> Params:

@@ -13,7 +13,7 @@ from bitlaw.linear import product
 _BUFFER_ROWS = 1024
 """Rows multiplied at a time. The sums, in float64, are read and written once for so many."""
 
-_BLOCK = 256
+_BLOCK = 128
 """Inputs of a block. E[x x^T] is symmetric: of every block only the products with itself and what follows are taken."""
 
 
@@ -32,7 +32,7 @@ class Moments:
         """Rows added, whatever they weigh."""
         self._weight = 0.0
         self._waiting = 0
-        self._buffer_IR: Tensor | None = None
+        self._buffer_RI: Tensor | None = None
         self._sum: Tensor | None = None  # (I,), or (I, I) of which only blocks on and below the diagonal are filled
 
     @staticmethod
@@ -47,17 +47,17 @@ class Moments:
             raise ValueError(f"rows of shape {tuple(x_RI.shape)}, expected (rows, {self.num_inputs})")
         if not (isfinite(weight) and weight > 0):
             raise ValueError(f"rows of weight {weight}; a weight is finite and above 0")
-        if self._buffer_IR is None or self._sum is None:
-            self._buffer_IR = x_RI.new_empty(self.num_inputs, _BUFFER_ROWS, dtype=torch.float32)
+        if self._buffer_RI is None or self._sum is None:
+            self._buffer_RI = x_RI.new_empty(_BUFFER_ROWS, self.num_inputs, dtype=torch.float32)
             shape = (self.num_inputs, self.num_inputs) if self.hessian else (self.num_inputs,)
             self._sum = x_RI.new_zeros(shape, dtype=torch.float64)
         begin = 0
         while begin < len(x_RI):
             count = min(len(x_RI) - begin, _BUFFER_ROWS - self._waiting)
-            place_IR = self._buffer_IR[:, self._waiting : self._waiting + count]
-            place_IR.copy_(x_RI[begin : begin + count].T)
+            place_RI = self._buffer_RI[self._waiting : self._waiting + count]
+            place_RI.copy_(x_RI[begin : begin + count])
             if weight != 1:
-                place_IR.mul_(sqrt(weight))
+                place_RI.mul_(sqrt(weight))
             begin, self._waiting = begin + count, self._waiting + count
             if self._waiting == _BUFFER_ROWS:
                 self._flush()
@@ -100,12 +100,13 @@ class Moments:
         """Take the buffer into the sums."""
         if self._waiting == 0:
             return
-        assert self._buffer_IR is not None and self._sum is not None
-        rows_IR = self._buffer_IR[:, : self._waiting]
+        assert self._buffer_RI is not None and self._sum is not None
+        rows_RI = self._buffer_RI[: self._waiting]
         self._waiting = 0
         if not self.hessian:
-            self._sum += rows_IR.square().sum(1, dtype=torch.float64)
+            self._sum += rows_RI.square().sum(0, dtype=torch.float64)
             return
+        rows_IR = rows_RI.T.contiguous()  # all at once: much faster than one call's rows after the other
         for begin in range(0, self.num_inputs, _BLOCK):
             block_JR = rows_IR[begin : begin + _BLOCK]
             self._sum[begin:, begin : begin + _BLOCK] += product(rows_IR[begin:], block_JR)

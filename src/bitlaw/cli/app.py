@@ -66,12 +66,18 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of work in stages, told what is being done, how much of it, and of how much: a bar for each stage."""
+    """Progress of work in stages, told what is being done, how much of it, and of how much: a bar for each stage.
+
+    What is told with nothing to do (of 0) is a line to be read.
+    """
     if not out_console.is_terminal:
         said: dict[str, int] = {}
 
         def plain(what: str, done: int, total: int) -> None:
-            tenth = 10 * done // max(total, 1)
+            if not total:
+                print(what, flush=True)
+                return
+            tenth = 10 * done // total
             if said.get(what) != tenth:
                 said[what] = tenth
                 print(f"{what} [{done}/{total}]", flush=True)
@@ -83,6 +89,9 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
+            if not total:
+                bar.console.print(what, highlight=False)
+                return
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)

@@ -9,14 +9,19 @@ import typer
 
 from bitlaw.cli.app import app, out_console, stages
 from bitlaw.cli.options import (
+    CalibrationImages,
+    CalibrationSettings,
     Device,
     Dtype,
     Guidance,
     Model,
     Option,
     Out,
+    PrecisionText,
+    ProtectText,
     Sampling,
     Tokenizer,
+    calibration_of,
     load_model,
     parse_protect,
     refuse_existing,
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 def quantize(
     model: Model,
     out: Out,
-    precision: Annotated[str, typer.Option("--precision", help="W4A16, W4g32A8, We2m1Ae4m3 ...")] = "W4A16",
+    precision: PrecisionText = "W4A16",
     method: Annotated[
         str,
         typer.Option(
@@ -48,19 +53,14 @@ def quantize(
             "before it, joined by +, what prepares the network: smoothquant, svdquant."
         ),
     ] = "rtn",
-    protect: Annotated[
-        str, typer.Option(help="Layers that stay in 16 bits: first-last, none, or site names with commas.")
-    ] = "first-last",
+    protect: ProtectText = "first-last",
     step_groups: Annotated[
         str, typer.Option(help="Groups of steps with activation ranges of their own (A8c): how many, or first steps.")
     ] = "1",
-    calibration_images: Annotated[int, typer.Option(help="Images that the model draws of itself to calibrate.")] = 64,
+    calibration_images: CalibrationImages = 64,
     guidance: Guidance = None,
     sampling: Sampling = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option("--calibration", help="A setting of it, name=value; may be repeated: ranges=percentile, seed=7."),
-    ] = None,
+    calibration: CalibrationSettings = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -72,18 +72,11 @@ def quantize(
     """
     import bitlaw
     from bitlaw.methods.quantize import as_chain
-    from bitlaw.names import check_keywords
 
     refuse_existing(out)
     bitlaw.Precision.parse(precision)
     as_chain(method)
-    given = {
-        "num_images": calibration_images,
-        "guidance": guidance,
-        "sampling": settings(sampling, "sampling"),
-        **settings(calibration, "calibration"),
-    }
-    check_keywords(bitlaw.Calibration.__dataclass_fields__, given, "calibration setting")
+    calibrated = calibration_of(calibration_images, guidance, sampling, calibration)
     groups = [int(part) for part in step_groups.split(",")] if re.fullmatch(r"\d+(,\d+)*", step_groups) else []
     if not groups:
         raise ValueError(f"--step-groups {step_groups}: expected a number, or first steps with commas (0,4,8)")
@@ -95,14 +88,14 @@ def quantize(
             precision,
             method=method,
             protect=parse_protect(protect),
-            calibration=bitlaw.Calibration(**given),
+            calibration=calibrated,
             step_groups=groups[0] if len(groups) == 1 else groups,
             work=work,
             progress=report,
         )
     small.save(out)
     shutil.rmtree(work, ignore_errors=True)
-    out_console.print(_describe(bitlaw.load(out), str(out)))
+    out_console.print(describe(bitlaw.load(out), str(out)))
 
 
 @app.command(
@@ -121,7 +114,7 @@ def info(
 
     found, _ = resolve(path)
     if is_checkpoint(found):
-        text = _describe(bitlaw.load(path), path, as_json=as_json)
+        text = describe(bitlaw.load(path), path, as_json=as_json)
     else:
         file = read_weights(found)
         if any(kind.recognizes(file) for kind in AUTOENCODERS.values()):
@@ -132,7 +125,7 @@ def info(
             text = json.dumps(content, indent=2) if as_json else plain
         else:
             model = load_official(file, "none", **settings(option, "option"))
-            text = _describe(model, path, as_json=as_json)
+            text = describe(model, path, as_json=as_json)
     out_console.print(text, markup=False, highlight=False)
 
 
@@ -230,7 +223,8 @@ def export(
         out_console.print(f"not in it: {what}", highlight=False)
 
 
-def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) -> str:
+def describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) -> str:
+    """What a model holds, in lines or as JSON."""
     from bitlaw.models.releases import release_of
     from bitlaw.scaling.bits import count_bits, describe_bits
 
@@ -254,10 +248,13 @@ def _describe(model: "ImageGenerator[Any]", name: str, as_json: bool = False) ->
 
 def describe_method(provenance: "Mapping[str, Any]") -> str:
     """What was done to each site of a model that was calibrated: its output error after each stage, relative."""
+    lines = [""]
+    if trained := provenance.get("distillation"):
+        lines.append(f"distilled     {_training(trained)}")
     notes = provenance.get("sites")
     if not notes:
-        return ""
-    lines = ["", f"method        {provenance.get('method')}, calibrated with {_images(provenance)}"]
+        return "\n".join(lines) if trained else ""
+    lines += [f"method        {provenance.get('method')}, calibrated with {_images(provenance)}"]
     width = max(34, *(len(name) + 2 for name in notes))
     for name, of_site in notes.items():
         shown = [f"{stage} {_stage(note)}" for stage, note in of_site.items()]
@@ -268,6 +265,17 @@ def describe_method(provenance: "Mapping[str, Any]") -> str:
 def _images(provenance: "Mapping[str, Any]") -> str:
     calibration = provenance.get("calibration", {})
     return f"{calibration.get('num_images')} images, seed {calibration.get('seed')}"
+
+
+def _training(trained: "Mapping[str, Any]") -> str:
+    """What a distillation did, in a line."""
+    k = f" (K = {trained['top_k']})" if trained.get("top_k") is not None else ""
+    errors = trained["held_out_loss"]
+    kept = str(trained["kept_step"])
+    return (
+        f"by {trained['loss']}{k}, {trained['steps']} steps of {trained['batch_size']} images ({trained['data']}); "
+        f"held-out loss {errors['0']:.4g} at the start, {errors[kept]:.4g} at step {kept}, which is kept"
+    )
 
 
 def _stage(note: "Mapping[str, Any]") -> str:

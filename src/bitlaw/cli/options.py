@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from bitlaw.calibration.settings import Calibration
     from bitlaw.models.generator import ImageGenerator
 
 MODEL_HELP = "A ladder name (ladder/var-s), a checkpoint directory, a released file, or a name on the hub."
@@ -31,6 +32,16 @@ Option = Annotated[
     typer.Option("--option", help="What a released file does not tell, name=value; may be repeated: image_size=384."),
 ]
 
+PrecisionText = Annotated[str, typer.Option("--precision", help="W4A16, W4g32A8, We2m1Ae4m3 ...")]
+ProtectText = Annotated[
+    str, typer.Option("--protect", help="Layers that stay in 16 bits: first-last, none, or site names with commas.")
+]
+CalibrationImages = Annotated[int, typer.Option(help="Images that the model draws of itself to calibrate.")]
+CalibrationSettings = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", help="A setting of it, name=value; may be repeated: ranges=percentile, seed=7."),
+]
+
 
 def load_model(
     name: str,
@@ -43,6 +54,23 @@ def load_model(
     import bitlaw
 
     return bitlaw.load(name, tokenizer, dtype=dtype, device=device, **settings(option, "option"))
+
+
+def calibration_of(
+    num_images: int, guidance: float | None, sampling: list[str] | None, calibration: list[str] | None
+) -> "Calibration":
+    """The calibration that options mean. ValueError for a setting that does not exist."""
+    import bitlaw
+    from bitlaw.names import check_keywords
+
+    given = {
+        "num_images": num_images,
+        "guidance": guidance,
+        "sampling": settings(sampling, "sampling"),
+        **settings(calibration, "calibration"),
+    }
+    check_keywords(bitlaw.Calibration.__dataclass_fields__, given, "calibration setting")
+    return bitlaw.Calibration(**given)
 
 
 def settings(given: list[str] | None, what: str) -> dict[str, Any]:

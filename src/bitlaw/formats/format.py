@@ -83,6 +83,11 @@ class Format(ABC):
         beyond_G2 = torch.tensor([[-_BEYOND, _BEYOND]], device=scale_G1.device).expand(len(scale_G1), -1)
         return self.nearest(beyond_G2, params)
 
+    def within(self, x_GN: Tensor, params: Params) -> Tensor:
+        """Which numbers, bool (G, N), lie in the range: what `nearest` does to others is not rounding but clipping."""
+        low_G1, high_G1 = self.ends(params).split(1, dim=1)
+        return (x_GN >= low_G1) & (x_GN <= high_G1)
+
     def storable(self, params: Params) -> Params:
         """`params` as a checkpoint holds them, exactly: scales in float16. Encode with these, not with `fit`'s."""
         return params | {"scale_G1": round_scale(params["scale_G1"])} if "scale_G1" in params else params

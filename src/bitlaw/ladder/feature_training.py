@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlaw.ladder.data import Images, to_float
-from bitlaw.ladder.training import step_generator
 from bitlaw.metrics.features import LadderFeatureNet
+from bitlaw.training import step_generator
 
 
 def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bitlaw.files import write_with
 from bitlaw.ladder import data
-from bitlaw.ladder.training import Recipe, Report, batch_indices, step_generator, train
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
 from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.var import VAR, VARSampling
+from bitlaw.training import Recipe, Report, batch_indices, of_loss, step_generator, train
 
 POOL_SIZE = 131_072
 LABEL_DROPOUT = 0.1
@@ -114,7 +114,7 @@ def train_var(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
         logits_BLV = net(labels_B, inputs)
         return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
-    net.load_state_dict(train(name, net, recipe, loss_at, work, report))
+    net.load_state_dict(train(name, net, recipe, of_loss(loss_at), work, report).weights)
     return VAR(net, tokenizer, VAR_SAMPLING)
 
 
@@ -145,5 +145,5 @@ def train_dit(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
         output = net(DIT_PROCESS.add_noise(x0, t_B, epsilon), t_B, labels_B)
         return DIT_PROCESS.losses(output, x0, t_B, epsilon).mse_B.mean()
 
-    net.load_state_dict(train(name, net, recipe, loss_at, work, report))
+    net.load_state_dict(train(name, net, recipe, of_loss(loss_at), work, report).weights)
     return DiT(net, tokenizer, DIT_PROCESS, DIT_SAMPLING, latent_scale=scale)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitlaw.ladder.training import step_generator
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
+from bitlaw.training import step_generator
 
 COMMITMENT = 0.25  # VAR's beta
 CODEBOOK_DECAY = 0.99

@@ -26,7 +26,6 @@ from bitlaw.ladder import data
 from bitlaw.ladder.feature_training import feature_loss
 from bitlaw.ladder.model_training import DIT_RECIPES, SIZES, VAR_RECIPES, train_dit, train_var, write_latents
 from bitlaw.ladder.tokenizer_training import TokenizerTraining
-from bitlaw.ladder.training import Recipe, Report, train, training_seconds
 from bitlaw.metrics.evaluation import RECONSTRUCTION_PREFIX, cyclic_labels, evaluate, load_reference, mean_loss
 from bitlaw.metrics.features import NUM_FEATURES, LadderFeatureNet, LadderFeatures, extract_features
 from bitlaw.metrics.fid import FeatureStatistics, frechet_distance
@@ -37,6 +36,7 @@ from bitlaw.models.loading import load
 from bitlaw.models.parts.pixels import to_uint8
 from bitlaw.models.storage import load_tensors, read_json, read_tensors
 from bitlaw.names import unknown_name
+from bitlaw.training import Recipe, Report, of_loss, train, training_seconds
 
 TOKENIZER = VQTokenizerConfig(
     vocab_size=512,
@@ -63,7 +63,7 @@ def train_features(out: Path, work: Path, report: Report) -> None:
             net, data.draw("features", step * FEATURES_RECIPE.batch_size, FEATURES_RECIPE.batch_size), step
         )
 
-    weights = train("features", net, FEATURES_RECIPE, loss_at, work, report)
+    weights = train("features", net, FEATURES_RECIPE, of_loss(loss_at), work, report).weights
     net.load_state_dict(weights)
     _calibrate_norms(net)
     save_half(out / "features.safetensors", net.state_dict())
@@ -92,7 +92,7 @@ def train_tokenizer(out: Path, work: Path, report: Report) -> None:
         x = data.to_float(batch.images_BCHW).contiguous(memory_format=torch.channels_last)
         return training.loss(x, step)
 
-    weights = train("tokenizer", training, TOKENIZER_RECIPE, loss_at, work, report)
+    weights = train("tokenizer", training, TOKENIZER_RECIPE, of_loss(loss_at), work, report).weights
     prefix = "tokenizer."
     save_half(
         out / "tokenizer.safetensors", {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

@@ -96,12 +96,13 @@ def _method(text: str, table: Mapping[str, Method]) -> Method:
             raise ValueError(f"method '{text}': settings are name=value with commas, not '{part}'")
         if key not in known:
             raise unknown_name(key, list(known), f"setting of {name}")
-        given[key] = _value(value.strip(), getattr(method, key), f"{name}:{key}")
+        given[key] = setting_value(value.strip(), getattr(method, key), f"{name}:{key}")
     made: Method = replace(method, **given)
     return made
 
 
-def _value(text: str, like: Any, what: str) -> Any:
+def setting_value(text: str, like: Any, what: str) -> Any:
+    """The value that a text means for a setting whose value now is `like`. ValueError for one of another type."""
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:

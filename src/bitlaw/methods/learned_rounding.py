@@ -13,6 +13,7 @@ from bitlaw.formats import IntegerFormat
 from bitlaw.methods.clip import ClipSearch
 from bitlaw.methods.method import BlockMethod, BlockResult, BlockTask, LayerMethod
 from bitlaw.methods.reconstruction import LayerTensors, Learner, ParameterGroup, Schedule, WorkingBlock, learn
+from bitlaw.methods.rtn import RTN
 from bitlaw.quantized import QuantizedTensor, WeightSpec
 
 _STRETCH = 1.1, -0.1
@@ -25,7 +26,8 @@ class LearnedRounding(BlockMethod):
 
     h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1). The loss is that of the block's output (Li et al. 2021, BRECQ), relative to
     that of the start, plus `penalty` times the mean of 1 - |2 h - 1|^beta; that begins after a fifth of the steps, and
-    beta falls from 20 to 2. Ranges are those of ClipSearch, and stay; the start is ClipSearch itself.
+    beta falls from 20 to 2. The start is ClipSearch or rounding to nearest, by the block's error on calls held out; its
+    ranges stay.
 
     steps, batch_calls: of Adam, and calls of the block in each
     learning_rate: of V, 300 times that of the original, which takes 20 times the steps. Outside of (-2.4, 2.4) V stays
@@ -64,7 +66,9 @@ class LearnedRounding(BlockMethod):
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """The block's weights. ValueError as for `reconstruction.learn`."""
         block = WorkingBlock(task)
-        return learn(block, _RoundingLearner(block, self), self._schedule())
+        learners = [_RoundingLearner(block, self, start) for start in (ClipSearch(), RTN())]
+        best = min(learners, key=lambda learner: block.error(learner.hard(), task.held_out or task.calls))
+        return learn(block, best, self._schedule())
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,14 @@ class _Rounded:
         assert isinstance(format, IntegerFormat)
         scaled_GN = start.spec.groups(weight) / start.params["scale_G1"].float()
         below_GN = scaled_GN.floor()
-        high, low = _STRETCH
-        share_GN = (scaled_GN - below_GN - low) / (high - low)
+        up_GN = scaled_GN - below_GN
         if "zero_G1" in start.params:
             below_GN = below_GN + start.params["zero_G1"]
+        # What lies in the middle, to rounding, begins on the side where it was rounded to.
+        is_up_GN = start.spec.groups(start.codes.float()) > below_GN
+        up_GN = torch.where((up_GN - 0.5).abs() < 1e-5, torch.where(is_up_GN, 0.50001, 0.49999), up_GN)
+        high, low = _STRETCH
+        share_GN = (up_GN - low) / (high - low)
         return cls(start, below_GN, format.lowest, format.highest, share_GN.logit().requires_grad_())
 
     def up_GN(self) -> Tensor:
@@ -113,7 +121,7 @@ class _Rounded:
 class _RoundingLearner(Learner):
     """Logits of every weight that has integer codes."""
 
-    def __init__(self, block: WorkingBlock, settings: LearnedRounding):
+    def __init__(self, block: WorkingBlock, settings: LearnedRounding, method: LayerMethod):
         self.block, self.settings, task = block, settings, block.task
         self.fixed: dict[str, QuantizedTensor] = {}
         self.rounded: dict[str, _Rounded] = {}
@@ -121,7 +129,7 @@ class _RoundingLearner(Learner):
             precision, weight = task.plan.weight(name), layer.full.weight
             if precision is None:
                 continue
-            start = ClipSearch().quantize_layer(weight, task.stats[name], WeightSpec.of(precision))
+            start = method.quantize_layer(weight, task.stats[name], WeightSpec.of(precision))
             if precision.format.code_bits:
                 self.rounded[name] = _Rounded.of(weight, start)
             else:

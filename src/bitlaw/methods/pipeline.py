@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
 from bitlaw.calibration.cache import calibrate, fingerprint
-from bitlaw.calibration.collect import Collector, Progress, expected_rows
+from bitlaw.calibration.collect import Collector, Progress, expected_rows, in_words
 from bitlaw.calibration.histogram import static_range
 from bitlaw.calibration.replay import BlockCall, Recording, Replay, record
 from bitlaw.calibration.settings import Calibration
@@ -69,11 +69,13 @@ class Pipeline:
     def run(self) -> dict[str, Note]:
         """Quantize the twin; what was done to each site, in plain values."""
         self._transform()
-        self._find_ranges()
-        if isinstance(self.chain.final, BlockMethod) or self.chain.final.sequential:
+        final = self.chain.final
+        if isinstance(final, BlockMethod) or final.sequential:
+            self._find_ranges()
             self._by_blocks()
         else:
-            self._quantize_now("all", self.sites, self.chain.final)
+            stats = self._find_ranges(final.needs | {"rows_RI"})  # in one pass, if there are any to find
+            self._quantize_now("all", self.sites, final, stats)
         return self.notes
 
     # ---- what comes before the codes -------------------------------------------------------------
@@ -98,20 +100,16 @@ class Pipeline:
         nothing = (Precision(),) * len(self.plan.step_groups)
         return BitPlan({**{s.name: nothing for s in self.model.sites()}, **self.plan.sites}, self.plan.step_groups)
 
-    def _find_ranges(self) -> None:
-        static = [site for site in self.sites if static_format(self.plan, site.name)]
+    def _find_ranges(self, more: frozenset[str] = frozenset()) -> dict[str, InputStats]:
+        """Find static ranges. If there are any, the statistics of all sites, with what more is needed of them."""
+        static = [site.name for site in self.sites if static_format(self.plan, site.name)]
         if not static:
-            return
-        stats = calibrate(
-            self.twin,
-            self.settings,
-            [site.name for site in static],
-            frozenset({"histograms_S"}),
-            self.plan.step_groups,
-            self.progress,
-        )
-        for site in static:
-            self.ranges[site.name] = self._ranges_of(site.name, stats[site.name])
+            return {}
+        names, needs = [site.name for site in self.sites] if more else static, more | {"histograms_S"}
+        stats = calibrate(self.twin, self.settings, names, needs, self.plan.step_groups, self.progress)
+        for name in static:
+            self.ranges[name] = self._ranges_of(name, stats[name])
+        return stats
 
     def _ranges_of(self, name: str, stats: InputStats) -> Params:
         assert stats.histograms_S is not None
@@ -133,13 +131,15 @@ class Pipeline:
 
     # ---- codes, layer by layer -------------------------------------------------------------------
 
-    def _quantize_now(self, unit: str, sites: Sequence[Site], method: LayerMethod) -> None:
-        """Quantize sites by what enters them in full precision."""
+    def _quantize_now(
+        self, unit: str, sites: Sequence[Site], method: LayerMethod, stats: Mapping[str, InputStats] | None = None
+    ) -> None:
+        """Quantize sites by what enters them in full precision; `stats` if that is known."""
         result = self._read(unit)
         if result is None:
-            needs_stats = bool(method.needs or self.chain.transforms or self.ranges)
-            stats = self._calibrate(sites, method.needs) if needs_stats else {}
-            result = self._layers(sites, method, stats)
+            if not stats and (method.needs or self.chain.transforms or self.ranges):
+                stats = self._calibrate(sites, method.needs)
+            result = self._layers(sites, method, stats or {})
             self._write(unit, result)
         self._install(sites, result)
 
@@ -176,17 +176,29 @@ class Pipeline:
         """A site's weight, as transforms and blocks have left it."""
         return self.twin.net.get_parameter(f"{site.name}.weight").detach()
 
-    def _error(self, site: Site, chosen: QuantizedTensor, stats: InputStats) -> float:
-        """|Q(x) Wq - x W|^2 / |x W|^2 over the sampled rows, inputs quantized as in the first step group that does."""
+    def _error(
+        self, site: Site, chosen: QuantizedTensor, stats: InputStats, rescaling: Rescaling | None = None
+    ) -> float:
+        """|Q(x) Wq - x W|^2 / |x W|^2 over the sampled rows, inputs quantized as in the first step group that does.
+
+        rescaling: of the rows, which were sampled before it; the weight is one behind it
+        """
         assert stats.rows_RI is not None
         x_RI = stats.rows_RI
+        if rescaling is not None:
+            x_RI = (x_RI if rescaling.shift_C is None else x_RI - rescaling.shift_C) / rescaling.scale_C
         exact = x_RI.double() @ self._weight(site).float().double().flatten(1).T
         quantized = x_RI
-        activation = next((p.activation for p in self.plan[site.name] if p.activation is not None), None)
-        if activation is not None:
-            ranges = {key: value[:1] for key, value in self.ranges.get(site.name, {}).items()}
-            # Static ranges are found behind the transforms; before that a range for each row stands in for them.
-            spec = ActivationSpec.of(activation) if ranges else ActivationSpec(activation.format)
+        activations = [precision.activation for precision in self.plan[site.name]]
+        group = next((index for index, activation in enumerate(activations) if activation is not None), None)
+        if group is not None and (activation := activations[group]) is not None:
+            spec = ActivationSpec.of(activation)
+            ranges = {key: value[group : group + 1] for key, value in self.ranges.get(site.name, {}).items()}
+            if spec.range_of != "static":
+                ranges = {}
+            elif not ranges:
+                # Static ranges are found behind the transforms; before that a range for each row stands in for them.
+                spec = ActivationSpec(activation.format)
             quantized = spec.fake(x_RI, ranges or None)
         error = (quantized.double() @ chosen.decode().double().flatten(1).T - exact).square().sum()
         return float(error / exact.square().sum().clamp_min(1e-300))
@@ -209,6 +221,8 @@ class Pipeline:
         if outside:
             # Those behind the blocks stay as they are while the blocks are run.
             self._quantize_now("outside", outside, method)
+        if self.progress is not None and inside:
+            self.progress(self._describe_memory([sites for sites in by_block.values() if sites]), 0, 0)
         replay = Replay(self.twin, self.recording, self.settings)
         full = Replay(self.model, self.recording, self.settings) if isinstance(final, BlockMethod) else None
         for number, name in enumerate(names):
@@ -226,12 +240,24 @@ class Pipeline:
                 result = replace(
                     result,
                     weights={**result.weights, **other.weights},
-                    notes={**result.notes, **other.notes},
+                    notes={**self._with_errors(sites, result, stats), **other.notes},
                 )
                 self._write(f"block-{number:03d}", result)
             self._install(sites, result)
             if self.progress is not None:
                 self.progress("quantizing blocks", number + 1, len(names))
+
+    def _with_errors(
+        self, sites: Sequence[Site], result: BlockResult, stats: Mapping[str, InputStats]
+    ) -> dict[str, Note]:
+        """The notes of a block method with the error of each site, behind rescalings if there are any."""
+        notes = dict(result.notes)
+        stage = type(self.chain.final).__name__.lower()
+        for site in sites:
+            if (chosen := result.weights.get(site.name)) is not None:
+                error = self._error(site, chosen, stats[site.name], result.rescalings.get(site.name))
+                notes[site.name] = {**notes[site.name], stage: {"error": error, **notes[site.name][stage]}}
+        return notes
 
     @cached_property
     def recording(self) -> Recording:
@@ -242,19 +268,32 @@ class Pipeline:
         self, number: int, sites: Sequence[Site], replay: Replay, full: Replay | None
     ) -> tuple[BlockResult, dict[str, InputStats]]:
         """What is chosen for the sites that run when the block is called, and what enters all of its sites."""
-        final = self.chain.final
-        needs = final.needs | {"rows_RI"}
-        if isinstance(final, BlockMethod):
-            needs |= final.outside.needs
-        collector = Collector(
-            self.twin, [s.name for s in sites], frozenset(needs), self.settings, (0,), self._rows_in_replay(sites)
-        )
+        collector = self._collector(sites, self._rows_in_replay(sites))
         if full is None:
             replay.run(number, collector)
             return BlockResult(), collector.stats()
         calls, exact = replay.run(number, collector, keep=True), full.run(number, keep=True)
         stats = collector.stats()
         return self._reconstructed(number, sites, stats, calls, exact), stats
+
+    def _collector(self, sites: Sequence[Site], expected: Mapping[str, float] | None = None) -> Collector:
+        final = self.chain.final
+        needs = final.needs | {"rows_RI"}
+        if isinstance(final, BlockMethod):
+            needs |= final.outside.needs
+        return Collector(self.twin, [site.name for site in sites], needs, self.settings, (0,), expected)
+
+    def _describe_memory(self, blocks: Sequence[Sequence[Site]]) -> str:
+        """What is held while blocks are quantized, in words."""
+        largest = max((self._collector(sites) for sites in blocks), key=Collector.num_bytes)
+        text = f"calibration holds up to {largest.describe_memory()} of a block"
+        if isinstance(self.chain.final, BlockMethod):
+            text += ", what enters and leaves the block"
+        if self.model.blocks_are_chained:
+            # Those behind the last block and behind the one before it; also in full precision where that is compared.
+            limit = self.settings.memory_limit * (4 if isinstance(self.chain.final, BlockMethod) else 2)
+            text += f", and up to {in_words(limit)} of hidden states (what is more goes to a temporary file)"
+        return text
 
     def _rows_in_replay(self, sites: Sequence[Site]) -> dict[str, float]:
         """Rows that will enter each site while a replay runs: those of the steps that are kept."""
@@ -295,7 +334,13 @@ class Pipeline:
         block = final.quantize_block(task)
         seconds = time.perf_counter() - started
         stage, share = type(final).__name__.lower(), round(seconds / len(called), 4)
-        notes = {s.name: {stage: {"seconds": share, **block.notes.get(s.name, {})}} for s in called}
+        notes: dict[str, Note] = {}
+        for site in called:
+            note = {stage: {"seconds": share, **block.notes.get(site.name, {})}}
+            if (precision := self.plan.weight(site.name)) is not None:
+                nearest = WeightSpec.of(precision).quantize(self._weight(site))
+                note = {"before": {"error": self._error(site, nearest, stats[site.name])}, **note}
+            notes[site.name] = note
         return replace(block, notes=notes)
 
     # ---- what is done ----------------------------------------------------------------------------

@@ -1,24 +1,19 @@
 """Quantize a model: a method chooses codes, and quantized modules go where a plan says."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
-from bitlaw.calibration import InputStats
 from bitlaw.calibration.collect import Progress, as_calibrated
 from bitlaw.calibration.settings import Calibration
-from bitlaw.install import SiteParts, check_plan, install
+from bitlaw.install import check_plan
 from bitlaw.methods import METHODS
 from bitlaw.methods.chain import Chain, chain, parse_method
-from bitlaw.methods.method import LayerMethod, Method
+from bitlaw.methods.method import Method
 from bitlaw.methods.pipeline import Pipeline
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.names import lookup
 from bitlaw.precision import BitPlan, Precision
-from bitlaw.quantized import Clock, WeightSpec
 
 ModelT = TypeVar("ModelT", bound=ImageGenerator[Any])
 Protect = str | Sequence[str]
@@ -122,37 +117,3 @@ def check_quantizable(
     if problems:
         raise ValueError("\n".join(problems))
     return plan
-
-
-def quantize_network(
-    net: nn.Module,
-    plan: BitPlan,
-    method: LayerMethod | str,
-    clock: Clock,
-    stats: Mapping[str, InputStats] | None = None,
-) -> nn.Module:
-    """A copy of `net` whose sites are quantized as `plan` says; `stats` is what calibration has seen at each site.
-
-    Raises one ValueError naming every site that cannot be, before any is.
-    """
-    found = lookup(METHODS, method, "method") if isinstance(method, str) else method
-    if not isinstance(found, LayerMethod):
-        raise ValueError(f"{type(found).__name__} works on whole models: use `quantize`")
-    check_plan(net, plan)
-    stats = stats or {}
-    weights = [name for name in plan if plan.weight(name)]
-    missing = [
-        f"{name}: {type(found).__name__} needs {need} of its inputs; calibrate first"
-        for name in weights
-        for need in sorted(found.needs)
-        if getattr(stats.get(name), need, None) is None
-    ]
-    if missing:
-        raise ValueError("\n".join(missing))
-    parts = {}
-    for name in weights:
-        precision = plan.weight(name)
-        assert precision is not None
-        weight = net.get_parameter(f"{name}.weight").detach()
-        parts[name] = SiteParts(found.quantize_layer(weight, stats.get(name, InputStats()), WeightSpec.of(precision)))
-    return install(net, plan, parts, clock)

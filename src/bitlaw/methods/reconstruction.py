@@ -27,7 +27,7 @@ from bitlaw.methods.rescale import absorber_users, of_weight
 from bitlaw.models.generator import AbsorberPart, Site, StepClock
 from bitlaw.models.parts.key_values import LayerKeyValues
 from bitlaw.precision import Precision, step_group
-from bitlaw.quantized import ActivationSpec, FakeQuant, QuantConv2d, QuantLinear
+from bitlaw.quantized import ActivationSpec, FakeQuant, QuantConv2d, QuantLinear, WeightSpec
 
 # ---- the working copy of a block ----------------------------------------------------------------------
 
@@ -189,6 +189,13 @@ class WorkingBlock:
             layer = self.layers[name].layer
             tensors[name] = tensors[name]._replace(weight=weight * of_weight(layer, rescaling.scale_C), bias=bias)
         return tensors
+
+    def nearest(self) -> BlockResult:
+        """Every weight rounded to nearest."""
+        precisions = {name: self.task.plan.weight(name) for name in self.layers}
+        return BlockResult(
+            {n: WeightSpec.of(p).quantize(self.layers[n].full.weight) for n, p in precisions.items() if p is not None}
+        )
 
     def as_stored(self, result: BlockResult) -> dict[str, LayerTensors]:
         """The tensors of all layers as a result makes them."""
@@ -378,7 +385,12 @@ def learn(
                 break
     if best is not start and block.error(best, task.calls) > start_train_error:
         best_error, best, best_step = start_error, start, 0
-    measured = {"block_error_start": start_error, "block_error": best_error, "learned_steps": best_step}
+    measured = {
+        "block_error_rtn": block.error(block.nearest(), held_out),
+        "block_error_start": start_error,
+        "block_error": best_error,
+        "learned_steps": best_step,
+    }
     notes = {site.name: {**best.notes.get(site.name, {}), **measured} for site in task.sites}
     return replace(best, notes=notes)
 

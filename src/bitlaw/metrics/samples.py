@@ -5,7 +5,8 @@ Legend: B images, C = 3 channels, H height, W width; images are uint8 tensors (B
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,28 @@ def _read_folder(folder: Path) -> Tensor:
     return torch.stack(images)
 
 
-def _read_image(path: Path) -> Tensor:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file. ValueError if it is none, or has transparency, or whatever is read of it is damaged."""
     try:
         with Image.open(path) as image:
             if image.has_transparency_data:
                 raise ValueError(f"{path}: has transparency, which has no one meaning as RGB; flatten it first")
-            array_HWC = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image, or damaged: {error}") from error
+
+
+def _read_image(path: Path) -> Tensor:
+    with _opened(path) as image:
+        array_HWC = np.array(image.convert("RGB"))
     return torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous()
+
+
+def check_picture(path: Path | str) -> None:
+    """ValueError if a file is no picture, or has transparency, as far as its header and checksums tell."""
+    with _opened(Path(path)) as image:
+        image.verify()
 
 
 def read_square(path: Path | str, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from bitlaw.models.autoencoders import Autoencoder
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
 from bitlaw.models.keymaps import Modules, ddpm_unet, present_names, to_ours, to_theirs
 from bitlaw.models.official import AUTOENCODER_PARTS, WeightsFile
-from bitlaw.models.parts.diffusion import Diffusion
+from bitlaw.models.parts.diffusion import Diffusion, NoisyBatch
 from bitlaw.models.parts.guidance import guide
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build, with_prefix
@@ -185,13 +185,34 @@ class DDPM(ImageGenerator[UNetState]):
         """uint8 images (B, 3, H, W)."""
         return to_uint8(self.to_pixels(state.x_BCHW), self.sampling.rounding)
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
-        """Mean squared error of each uint8 image (B,), at one timestep each; see `Diffusion.loss_timesteps`."""
-        x0_BCHW = self.from_pixels(from_uint8(images_BCHW))
-        t_B = self.process.loss_timesteps(noise.image_ids_B).to(x0_BCHW.device)
-        epsilon_BCHW = noise.normal(0, x0_BCHW.shape[1:])
-        output = self.net(self.process.add_noise(x0_BCHW, t_B, epsilon_BCHW), t_B, labels_B)
-        return self.process.losses(output, x0_BCHW, t_B, epsilon_BCHW).mse_B
+    # ---- training --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """What is denoised, (B, C, H, W)."""
+        return self.from_pixels(from_uint8(images_BCHW))
+
+    def encoded_of(self, state: UNetState) -> Tensor:
+        """What was drawn."""
+        return state.x_BCHW.clone()
+
+    @torch.no_grad()
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> NoisyBatch:
+        """Each image or latent at one timestep, by the golden-ratio sequence over the images' ids."""
+        return self.process.noisy(encoded, labels_B, noise.image_ids_B, noise.normal(0, encoded.shape[1:]))
+
+    def predict(self, batch: NoisyBatch) -> dict[str, Tensor]:
+        """As "noise" (B, C, H, W). Images are in the step group of the step whose timestep is nearest to theirs."""
+
+        def run(rows: Tensor) -> Tensor:
+            return self.net(batch.x_BCHW[rows], batch.t_B[rows], batch.labels_B[rows])
+
+        output = self.run_by_step(self.spaced.nearest_steps(batch.t_B), run)
+        return self.process.named(output, self.net.config.in_channels)
+
+    def training_loss(self, batch: NoisyBatch, prediction: dict[str, Tensor]) -> Tensor:
+        """Mean squared error of the noise, (B,)."""
+        return self.process.losses_of(batch, prediction).total_B
 
     def to_pixels(self, x_BCHW: Tensor) -> Tensor:
         """Images, about in [-1, 1], of what is denoised."""

@@ -22,7 +22,7 @@ from bitlaw.models.networks.dit import (
     is_diffusers,
 )
 from bitlaw.models.official import WeightsFile
-from bitlaw.models.parts.diffusion import Diffusion, Losses
+from bitlaw.models.parts.diffusion import Diffusion, Losses, NoisyBatch
 from bitlaw.models.parts.guidance import check_guidance, guide_channels
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build
@@ -220,6 +220,38 @@ class DiT(ImageGenerator[DiTState]):
         """uint8 images (B, 3, H, W)."""
         return to_uint8(self.latent_codec.decode(state.x_BCHW / self.latent_scale), self.sampling.rounding)
 
+    # ---- training --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W): the mean of the autoencoder's distribution, not a sample of it."""
+        return self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale
+
+    def encoded_of(self, state: DiTState) -> Tensor:
+        """The latents that were drawn."""
+        return state.x_BCHW.clone()
+
+    @torch.no_grad()
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> NoisyBatch:
+        """Each latent at one timestep, by the golden-ratio sequence over the images' ids."""
+        return self.process.noisy(encoded, labels_B, noise.image_ids_B, noise.normal(0, encoded.shape[1:]))
+
+    def predict(self, batch: NoisyBatch) -> dict[str, Tensor]:
+        """As "noise" the noise or v, and "variance" if it is learned, (B, C, H, W) each.
+
+        Images are in the step group of that step of a rollout whose timestep is nearest to theirs.
+        """
+
+        def run(rows: Tensor) -> Tensor:
+            return self.net(batch.x_BCHW[rows], batch.t_B[rows], batch.labels_B[rows])
+
+        output = self.run_by_step(self.spaced.nearest_steps(batch.t_B), run)
+        return self.process.named(output, self.net.config.in_channels)
+
+    def training_loss(self, batch: NoisyBatch, prediction: dict[str, Tensor]) -> Tensor:
+        """What DiT was trained with, (B,): squared error, and the variational bound where the variance is learned."""
+        return self.process.losses_of(batch, prediction).total_B
+
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Mean squared error of each uint8 image (B,), at one timestep each; see `losses`."""
         return self.losses(images_BCHW, labels_B, noise).mse_B
@@ -227,15 +259,16 @@ class DiT(ImageGenerator[DiTState]):
     def losses(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Losses:
         """Both terms of the training loss of each uint8 image; their sum is what DiT was trained with.
 
-        Latents are the mean of the autoencoder's distribution, not a sample of it. Timesteps follow the golden-ratio
-        sequence over the images' indices, so that any run of images covers the schedule evenly and every model meets
-        the same timesteps and noise.
+        Any run of images covers the schedule evenly, and every model meets the same timesteps and noise.
         """
-        x0_BCHW = self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale
-        t_B = self.process.loss_timesteps(noise.image_ids_B).to(x0_BCHW.device)
-        epsilon_BCHW = noise.normal(0, x0_BCHW.shape[1:])
-        output = self.net(self.process.add_noise(x0_BCHW, t_B, epsilon_BCHW), t_B, labels_B)
-        return self.process.losses(output, x0_BCHW, t_B, epsilon_BCHW)
+        batch = self.teacher_forced(self.encode_images(images_BCHW), labels_B, noise)
+        return self.process.losses_of(batch, self.predict(batch))
+
+    def require_gradients(self) -> None:
+        """All but DiT's table of positions, which is fixed."""
+        super().require_gradients()
+        if "pos_embed" in dict(self.net.named_parameters(recurse=False)):
+            self.net.get_parameter("pos_embed").requires_grad_(False)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

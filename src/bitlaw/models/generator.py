@@ -32,6 +32,7 @@ from bitlaw.models.class_names import known_names, label_of
 from bitlaw.models.official import WeightsFile
 from bitlaw.models.storage import TOKENIZER_PREFIX, split_prefix, with_prefix, write_model
 from bitlaw.names import lookup, unknown_name
+from bitlaw.precision import step_group
 from bitlaw.quantized import QuantLayer
 
 Phase = Literal["embed", "blocks", "head"]
@@ -202,7 +203,8 @@ class ImageGenerator(ABC, Generic[StateT]):
 
     What a family is, in the order in which one is written:
       sizes      `config_of` reads them off a released file, `to_config` writes them, `from_config` builds the model
-      sampling   `start`, `extract`, `reconstruct`, `decode`; `loss` for validation
+      sampling   `start`, `extract`, `reconstruct`, `decode`
+      training   `encode_images` and `encoded_of`, `teacher_forced`, `predict`, `training_loss`; of which `loss` is made
       quantizing `sites`
     """
 
@@ -311,10 +313,6 @@ class ImageGenerator(ABC, Generic[StateT]):
     def decode(self, state: StateT) -> Tensor:
         """uint8 images (B, 3, H, W)."""
 
-    @abstractmethod
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
-        """Validation loss of each image (B,), teacher forced, no label dropped."""
-
     blocks_are_chained: ClassVar[bool] = True
     """Whether a block's first input is the output of the block before it, and the output has that input's shape."""
 
@@ -345,6 +343,80 @@ class ImageGenerator(ABC, Generic[StateT]):
     def null_label(self) -> int | None:
         """The label of the unconditional model, which callers write as -1; None if there is none."""
         return None
+
+    # ---- what a family defines: training ---------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int | None:
+        """V, how many tokens the network's logits choose between; None where it predicts numbers."""
+        return None
+
+    @abstractmethod
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """What training starts from, (B, ...), of uint8 images: tokens, int64, or scaled latents, float32.
+
+        No gradient, and no tensor of inference mode unless it is called in that.
+        """
+
+    @abstractmethod
+    def encoded_of(self, state: StateT) -> Tensor:
+        """The same of a finished rollout's images: what `decode` decodes."""
+
+    @abstractmethod
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> Any:
+        """What the network is asked in one pass over all steps, and what is true; a NamedTuple of the family.
+
+        encoded: (B, ...) from `encode_images` or `encoded_of`
+        labels_B: may hold the null label
+        noise: timesteps, masks and noise follow from it alone, so that every model meets the same ones. Any run of
+            image ids covers the schedule evenly; in training, each use of an image needs an id of its own.
+        """
+
+    @abstractmethod
+    def predict(self, batch: Any) -> dict[str, Tensor]:
+        """What the network gives for a batch of `teacher_forced`: float32, differentiable, first dimension B.
+
+        "logits" (B, L, V) of tokens in the order of `encoded`; or "noise" (or v, where the process predicts that), with
+        "variance" beside it where that is learned, and before them the "conditions" that a head starts from.
+        Predictions of two models for one batch are comparable entry by entry: the mean of a squared difference over all
+        dimensions but the first is that image's error. No label is dropped here, nor anything else at random.
+
+        Quantized layers are told the steps as far as a pass over all of them can: images at one timestep each run with
+        the others of their step group, see `run_by_step`; a pass over all tokens of an image runs as the last step.
+        """
+
+    @abstractmethod
+    def training_loss(self, batch: Any, prediction: dict[str, Tensor]) -> Tensor:
+        """The loss of each image (B,) that the family is trained with, of a prediction against what is true."""
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
+        """Validation loss of each uint8 image (B,), teacher forced, no label dropped."""
+        batch = self.teacher_forced(self.encode_images(images_BCHW), labels_B, noise)
+        return self.training_loss(batch, self.predict(batch))
+
+    def require_gradients(self) -> None:
+        """Let those parameters ask for a gradient that the family's own training trains; by default all."""
+        self.net.requires_grad_(True)
+
+    def run_by_step(self, steps_B: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """`run(rows)` for all rows (B,) of a batch at once, the clock at their steps as far as layers tell steps apart.
+
+        Rows of one step group go through the network together, rows of another after them. Without quantized
+        activations, or with one range for all steps, everything goes at once.
+        """
+        starts = sorted({first for module in self.net.modules() for first in getattr(module, "step_groups", ())})
+        steps = steps_B.tolist()
+        groups = [step_group(starts, step) if starts else 0 for step in steps]
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for group in dict.fromkeys(groups):
+            rows = [row for row, other in enumerate(groups) if other == group]
+            self.clock.step = steps[rows[0]]
+            parts.append(run(torch.tensor(rows, device=steps_B.device)))
+            order += rows
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.tensor(order, device=steps_B.device).argsort()]
 
     # ---- what every family has -------------------------------------------------------------------
 

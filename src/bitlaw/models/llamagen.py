@@ -69,6 +69,13 @@ class LlamaGenState(NamedTuple):
     noise: Noise
 
 
+class LlamaGenBatch(NamedTuple):
+    """All tokens (B, N) of images, each of which is asked given those before it."""
+
+    condition: Tensor | TextCondition
+    tokens_BN: Tensor
+
+
 class LlamaGen(ImageGenerator[LlamaGenState]):
     """A class- or text-conditional LlamaGen with its tokenizer. A step is a position.
 
@@ -288,12 +295,36 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
             images.append(to_uint8(part_BCHW, self.sampling.rounding))
         return torch.cat(images)
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor | TextCondition, noise: Noise) -> Tensor:
-        """Cross entropy of the tokens of each uint8 image in nats, mean over positions, (B,). It needs no noise."""
-        tokens_BN = self.tokenizer.encode_to_tokens(from_uint8(images_BCHW))
-        condition, mask_BT = self._rows(labels_B, guided=False)
-        logits_BNV = self.net(condition, tokens_BN[:, :-1], mask_BT)
-        return F.cross_entropy(logits_BNV.transpose(1, 2), tokens_BN, reduction="none").mean(1)
+    # ---- training --------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.net.config.vocab_size
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Tokens (B, N), int64, row by row."""
+        return self.tokenizer.encode_to_tokens(from_uint8(images_BCHW))
+
+    def encoded_of(self, state: LlamaGenState) -> Tensor:
+        """The tokens that were drawn, (B, N)."""
+        return state.tokens_Bn.clone()
+
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor | TextCondition, noise: Noise) -> LlamaGenBatch:
+        """All positions at once; it needs no noise."""
+        return LlamaGenBatch(labels_B, encoded)
+
+    def predict(self, batch: LlamaGenBatch) -> dict[str, Tensor]:
+        """As "logits" (B, N, V). Quantized layers take all positions for the last one."""
+        self.clock.step = self.num_steps - 1
+        condition, mask_BT = self._rows(batch.condition, guided=False)
+        return {"logits": self.net(condition, batch.tokens_BN[:, :-1], mask_BT)}
+
+    def training_loss(self, batch: LlamaGenBatch, prediction: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of the tokens of each image in nats, mean over positions, (B,)."""
+        logits_BVN = prediction["logits"].transpose(1, 2)
+        return F.cross_entropy(logits_BVN, batch.tokens_BN, reduction="none").mean(1)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

@@ -81,6 +81,28 @@ class MARState(NamedTuple):
     noise: Noise
 
 
+class MARBatch(NamedTuple):
+    """Tokens of images, which of them are hidden, and the timestep and noise that the head is asked about each at.
+
+    orders_BL, counts: of image i the tokens at the first counts[i] of its positions are hidden, M in all
+    """
+
+    labels_B: Tensor
+    tokens_BLC: Tensor
+    orders_BL: Tensor
+    counts: tuple[int, ...]
+    t_BL: Tensor
+    noise_BLC: Tensor
+
+    @property
+    def hidden_rows(self) -> tuple[Tensor, Tensor]:
+        """Where among all B L tokens the hidden ones are (M,), image after image; and how many its image has (M, 1)."""
+        length, device = self.orders_BL.shape[1], self.orders_BL.device
+        rows = [self.orders_BL[i, :count] + i * length for i, count in enumerate(self.counts)]
+        counts_B = torch.tensor(self.counts, device=device)
+        return torch.cat(rows), counts_B.repeat_interleave(counts_B)[:, None]
+
+
 class MAR(ImageGenerator[MARState]):
     """A masked autoregressive transformer with its diffusion head and autoencoder. A step reveals a few tokens."""
 
@@ -261,40 +283,102 @@ class MAR(ImageGenerator[MARState]):
         latent_Bchw = self.net.unpatchify(state.tokens_BLC) / self.latent_scale
         return to_uint8(self.latent_codec.decode(latent_Bchw), self.sampling.rounding)
 
+    # ---- training --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Scaled latents (B, c, h, w): the means of their distributions, unlike in the official training."""
+        return self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale
+
+    def encoded_of(self, state: MARState) -> Tensor:
+        """The latents that were drawn."""
+        return self.net.unpatchify(state.tokens_BLC.clone())
+
+    @torch.no_grad()
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> MARBatch:
+        """Tokens hidden in each image, and a timestep and noise for each of them.
+
+        The share that is hidden is drawn as in training, but for each image instead of a batch; and each token is
+        tried once, where the official training tries it four times.
+        """
+        tokens_BLC = self.net.patchify(encoded)
+        length = tokens_BLC.shape[1]
+        orders_BL = noise.permutation(0, length)
+        counts = tuple(math.ceil(length * mask_ratio(u)) for u in noise.uniform(1, (1,)).flatten().tolist())
+        t_BL = (noise.uniform(2, (length,)) * PROCESS.num_timesteps).long()
+        return MARBatch(labels_B, tokens_BLC, orders_BL, counts, t_BL, noise.normal(3, tokens_BLC.shape[1:]))
+
+    def predict(self, batch: MARBatch) -> dict[str, Tensor]:
+        """The tokens' "conditions" (B, L, D), and what the head gives under them as "noise" and "variance" (B, L, C).
+
+        What is not hidden is zero, and the rest times sqrt(L / number of hidden tokens), so that the mean of a square
+        over an image is that over its hidden tokens. Images are in the step group of that step of a rollout which has
+        about as many tokens to draw.
+        """
+        z_MD, output_MO = self._outputs(batch)
+        rows_M, count_M1 = batch.hidden_rows
+        length = batch.tokens_BLC.shape[1]
+
+        def spread(x_MX: Tensor) -> Tensor:
+            scaled_MX = x_MX * (length / count_M1).sqrt()
+            out = scaled_MX.new_zeros(batch.tokens_BLC[..., 0].numel(), scaled_MX.shape[1])
+            return out.index_copy(0, rows_M, scaled_MX).unflatten(0, (-1, length))
+
+        parts = PROCESS.named(output_MO, batch.tokens_BLC.shape[2])
+        return {"conditions": spread(z_MD.float())} | {name: spread(part) for name, part in parts.items()}
+
+    def training_loss(self, batch: MARBatch, prediction: dict[str, Tensor]) -> Tensor:
+        """Squared error and bound of the head, mean over an image's hidden tokens, (B,)."""
+        rows_M, count_M1 = batch.hidden_rows
+        output_BLO = torch.cat([prediction["noise"], prediction["variance"]], -1)
+        scale_M1 = (count_M1 / output_BLO.shape[1]).sqrt()
+        return self._losses(batch, output_BLO.flatten(0, 1)[rows_M] * scale_M1)
+
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """The training loss of each uint8 image (B,): mean over its hidden tokens of squared error and bound.
 
-        Which tokens are hidden, and each token's timestep and noise, follow from `noise` alone, so that every model
-        meets the same ones. Their share is drawn as in training, but for each image instead of a batch. Two departures
-        from the official training: latents are the means of their distributions, and each token is tried once.
+        It is `training_loss` without the rounding of the scales there.
         """
-        tokens_BLC = self.net.patchify(self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale)
-        length = tokens_BLC.shape[1]
-        orders_BL = noise.permutation(0, length)
-        counts = [math.ceil(length * mask_ratio(u)) for u in noise.uniform(1, (1,)).flatten().tolist()]
-        t_BL = (noise.uniform(2, (length,)) * PROCESS.num_timesteps).long()
-        epsilon_BLC = noise.normal(3, tokens_BLC.shape[1:])
-        losses_B = tokens_BLC.new_empty(len(counts))
-        for count in sorted(set(counts)):  # images with as many hidden tokens go through the network together
-            images = torch.tensor([i for i, other in enumerate(counts) if other == count], device=tokens_BLC.device)
-            hidden_BP, visible_BN = orders_BL[images].tensor_split((count,), 1)
-            class_BD = self.net.class_vectors(labels_B[images])
-            z_BPD = self.net.run(tokens_BLC[images], visible_BN, class_BD, hidden_BP)
+        batch = self.teacher_forced(self.encode_images(images_BCHW), labels_B, noise)
+        return self._losses(batch, self._outputs(batch)[1])
+
+    def _outputs(self, batch: MARBatch) -> tuple[Tensor, Tensor]:
+        """Conditions (M, D) and what the head gives under them (M, 2 C) of hidden tokens, in the order of the batch."""
+        conditions: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        for count in sorted(set(batch.counts)):  # images with as many hidden tokens go through the network together
+            of_count = [i for i, other in enumerate(batch.counts) if other == count]
+            images = torch.tensor(of_count, device=batch.tokens_BLC.device)
+            hidden_BP, visible_BN = batch.orders_BL[images].tensor_split((count,), 1)
+            self.clock.step = self._step_hiding(count)
+            class_BD = self.net.class_vectors(batch.labels_B[images])
+            z_BPD = self.net.run(batch.tokens_BLC[images], visible_BN, class_BD, hidden_BP)
             rows = images[:, None], hidden_BP
-            losses = self.token_losses(
-                z_BPD.flatten(0, 1),
-                tokens_BLC[rows].flatten(0, 1),
-                t_BL[rows].flatten(),
-                epsilon_BLC[rows].flatten(0, 1),
-            )
-            assert losses.vb_B is not None
-            losses_B[images] = (losses.mse_B + losses.vb_B).view(len(images), count).mean(1)
-        return losses_B
+            asked = (part[rows].flatten(0, 1) for part in (batch.tokens_BLC, batch.t_BL, batch.noise_BLC))
+            output_MO = self._denoise(z_BPD.flatten(0, 1), *asked)
+            conditions |= zip(of_count, z_BPD, strict=True)
+            outputs |= zip(of_count, output_MO.unflatten(0, (-1, count)), strict=True)
+        order = range(len(batch.counts))
+        return torch.cat([conditions[i] for i in order]), torch.cat([outputs[i] for i in order])
+
+    def _losses(self, batch: MARBatch, output_MO: Tensor) -> Tensor:
+        rows_M, _ = batch.hidden_rows
+        x0_MC, t_M, noise_MC = (part.flatten(0, 1)[rows_M] for part in (batch.tokens_BLC, batch.t_BL, batch.noise_BLC))
+        loss_M = PROCESS.losses(output_MO, x0_MC, t_M, noise_MC).total_B
+        return torch.stack([loss_P.mean() for loss_P in loss_M.split(batch.counts)])
+
+    def _denoise(self, z_MD: Tensor, x0_MC: Tensor, t_M: Tensor, noise_MC: Tensor) -> Tensor:
+        """What the head gives (M, 2 C) for tokens with noise, under given conditions."""
+        return self.net.head(PROCESS.add_noise(x0_MC, t_M, noise_MC), t_M, z_MD)
 
     def token_losses(self, z_MD: Tensor, x0_MC: Tensor, t_M: Tensor, noise_MC: Tensor) -> Losses:
         """The head's training losses of each token (M,), under given conditions; gradients reach both networks."""
-        output = self.net.head(PROCESS.add_noise(x0_MC, t_M, noise_MC), t_M, z_MD)
-        return PROCESS.losses(output, x0_MC, t_M, noise_MC)
+        return PROCESS.losses(self._denoise(z_MD, x0_MC, t_M, noise_MC), x0_MC, t_M, noise_MC)
+
+    def _step_hiding(self, count: int) -> int:
+        """The step of a rollout before which about so many tokens are hidden; see `hidden_counts`."""
+        share = math.acos(count / self.net.config.num_tokens) / (math.pi / 2)
+        return min(round(share * self.num_steps), self.num_steps - 1)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 

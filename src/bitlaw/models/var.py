@@ -6,6 +6,7 @@ Legend: B images, N tokens of a stage, L tokens of all stages, V vocabulary, Z l
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -70,6 +71,14 @@ class VARState(NamedTuple):
     memory: Memory | None
     noise: Noise
     given: Given | None = None
+
+
+class VARBatch(NamedTuple):
+    """All tokens (B, L) of images, and the network's inputs (B, L - 1, Z) for all stages but the first."""
+
+    labels_B: Tensor
+    tokens_BL: Tensor
+    latents_BLZ: Tensor
 
 
 class VAR(ImageGenerator[VARState]):
@@ -211,12 +220,46 @@ class VAR(ImageGenerator[VARState]):
         """uint8 images (B, 3, H, W)."""
         return to_uint8(self.tokenizer.decode(state.latent_BZhw), self.sampling.rounding)
 
-    def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
-        """Cross entropy of the tokens of each uint8 image in nats, mean over positions, (B,). It needs no noise."""
-        tokens = self.tokenizer.encode_to_tokens(from_uint8(images_BCHW))
-        tokens_BL, latents_BLZ = self.tokenizer.teacher_forcing(tokens)
-        logits_BLV = self.net(labels_B, latents_BLZ)
-        return F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none").mean(1)
+    # ---- training --------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.net.config.vocab_size
+
+    @torch.no_grad()
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """Tokens (B, L), int64, in the order of the stages."""
+        return torch.cat(self.tokenizer.encode_to_tokens(from_uint8(images_BCHW)).indices, 1)
+
+    def encoded_of(self, state: VARState) -> Tensor:
+        """The tokens that were drawn, (B, L); with `more_smooth` the picture is made of mixtures of their codes."""
+        return torch.cat(state.tokens, 1)
+
+    @torch.no_grad()
+    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> VARBatch:
+        """All stages at once; it needs no noise."""
+        return VARBatch(labels_B, *self.tokenizer.teacher_forcing(self.tokenizer.tokens_of(encoded)))
+
+    def predict(self, batch: VARBatch) -> dict[str, Tensor]:
+        """As "logits" (B, L, V). Quantized layers take all stages for the last one, which has the most tokens."""
+        self.clock.step = self.num_steps - 1
+        return {"logits": self.net(batch.labels_B, batch.latents_BLZ)}
+
+    def training_loss(self, batch: VARBatch, prediction: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of the tokens of each image in nats, mean over positions, (B,)."""
+        logits_BVL = prediction["logits"].transpose(1, 2)
+        return F.cross_entropy(logits_BVL, batch.tokens_BL, reduction="none").mean(1)
+
+    def require_gradients(self) -> None:
+        """All; but keys have no bias, so that its part of the fused one stays as it is."""
+        super().require_gradients()
+        width = self.net.config.width
+        for name, module in self.net.named_modules():
+            if name.endswith(".mat_qkv"):  # of whatever class: quantized ones know nothing of keys
+                has_bias = torch.ones(3 * width, device=self.device)
+                has_bias[width : 2 * width] = 0
+                module.bias.register_hook(partial(torch.mul, has_bias))
 
     # ---- editing ---------------------------------------------------------------------------------
 

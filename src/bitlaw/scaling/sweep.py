@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from bitlaw.calibration.settings import Calibration
+from bitlaw.distill import by_name
 from bitlaw.engine import Engine, LocalEngine
 from bitlaw.ladder import data
-from bitlaw.methods import METHODS
-from bitlaw.methods.chain import parse_method
-from bitlaw.methods.quantize import check_quantizable, quantize
+from bitlaw.methods.quantize import quantize
 from bitlaw.metrics.evaluation import (
     Reference,
     cyclic_labels,
@@ -54,7 +53,8 @@ class Study:
     num_validation: images for the validation loss; they are the ladder's, so models of other images need 0
     sampling: settings of every model's sampler (`{"recipe": "paper"}`)
     options: what `load` is given beside each name (`{"device": "cuda", "dtype": "bfloat16"}`)
-    methods: names with settings, and chains (`smoothquant+gptq`); rtn alone is not calibrated
+    methods: names with settings, chains (`smoothquant+gptq`), distillations (`distill:topkld,steps=300`), whose seed is
+        the cell's; rtn alone is not calibrated
     methods_at: other methods at some precisions (`{"W8A8": ("rtn", "smoothquant")}`)
     calibration: settings of `Calibration` (`{"num_images": 128}`)
     step_groups: how many groups of steps have static activation ranges of their own
@@ -107,7 +107,7 @@ class Study:
     def check(self) -> None:
         """Raise one ValueError for everything that would fail: names, precisions, group sizes, too few images."""
         for _, method in self.pairs():
-            parse_method(method, METHODS)
+            by_name.parse(method)
         check_keywords(self.precisions, self.methods_at, "precision of the study")
         check_keywords(Calibration.__dataclass_fields__, self.calibration, "calibration setting")
         Calibration(**self.calibration)
@@ -133,7 +133,7 @@ class Study:
                 if (parsed := Precision.parse(precision)).is_full:
                     continue
                 try:
-                    check_quantizable(model, parsed, self.protect, method, self.step_groups)
+                    by_name.check(model, parsed, method, self.protect, self.step_groups)
                 except ValueError as error:
                     problems.append(f"{name} at {precision} by {method}: {error}")
         if problems:
@@ -163,13 +163,14 @@ def run_cell(cell: Cell) -> CellResult:
     model = load(cell.model, **dict(cell.options)).with_sampling(**dict(cell.sampling))
     parameters = sum(p.numel() for p in model.net.parameters())
     if not (precision := Precision.parse(cell.precision)).is_full:
-        model = quantize(
+        model = by_name.apply(
             model,
             precision,
-            method=cell.method,
-            protect=cell.protect,
+            cell.method,
+            cell.protect,
             calibration=Calibration(**dict(cell.calibration)),
             step_groups=cell.step_groups,
+            seed=cell.seed,
         )
     bits = count_bits(model)
     columns, rows = SAMPLE_TILES

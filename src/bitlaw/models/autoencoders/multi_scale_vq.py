@@ -12,6 +12,7 @@ stage, L tokens of all stages, V vocabulary, D a number of vectors.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -173,6 +174,12 @@ class VQTokenizer(Autoencoder):
             tokens.indices.append(indices_BN)
             tokens.latents.append(sum_BZhw)
         return tokens
+
+    def tokens_of(self, tokens_BL: Tensor) -> Tokens:
+        """Token maps, with their latents, from all tokens of images in the order of the stages."""
+        indices = list(tokens_BL.split([side * side for side in self.config.patch_nums], 1))
+        parts = [self.refine(self.embed(indices_BN), stage) for stage, indices_BN in enumerate(indices)]
+        return Tokens(indices, list(accumulate(parts)))
 
     def tokens_to_latent(self, indices: Sequence[Tensor]) -> Tensor:
         """The latent (B, Z, h, w) that token maps (B, N_s), one for each stage, stand for."""

@@ -155,6 +155,8 @@ class Block(nn.Module):
     def forward(self, h_RTD: Tensor, silu_KD: Tensor, row_R: Tensor, rotary_T1P2: Tensor) -> Tensor:
         """(R, T, D) -> (R, T, D); `silu_KD` are SiLU of the distinct conditions."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.adaLN_modulation[1](silu_KD), row_R, 6)
-        attended = self.attention(torch.addcmul(shift1, self.attention_norm(h_RTD), 1 + scale1), rotary_T1P2)
+        normed_RTD = self.attention_norm(h_RTD.to(self.attention_norm.weight.dtype))  # another one under autocast
+        attended = self.attention(torch.addcmul(shift1, normed_RTD, 1 + scale1), rotary_T1P2)
         h_RTD = torch.addcmul(h_RTD, gate1, attended)
-        return torch.addcmul(h_RTD, gate2, self.feed_forward(torch.addcmul(shift2, self.ffn_norm(h_RTD), 1 + scale2)))
+        normed_RTD = self.ffn_norm(h_RTD.to(self.ffn_norm.weight.dtype))
+        return torch.addcmul(h_RTD, gate2, self.feed_forward(torch.addcmul(shift2, normed_RTD, 1 + scale2)))

@@ -143,7 +143,7 @@ class MARTransformer(nn.Module):
         buffer, rows = self.config.buffer_size, len(encoded)
         v = self.decoder_embed(encoded)
         visible_RN1 = for_both_halves(visible_BN, rows)[:, :, None]
-        x_RLD = self.mask_token.expand(rows, self.config.num_tokens, -1)
+        x_RLD = self.mask_token.to(v.dtype).expand(rows, self.config.num_tokens, -1)
         x_RLD = x_RLD.scatter(1, visible_RN1.expand(-1, -1, v.shape[-1]), v[:, buffer:])
         x = torch.cat([v[:, :buffer], x_RLD], 1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks[:-1]:

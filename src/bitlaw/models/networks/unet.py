@@ -68,7 +68,10 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """(noisy images or latents, timestep, class) -> the noise in them. Class num_classes is the null class."""
+    """(noisy images or latents, timestep, class) -> the noise in them. Class num_classes is the null class.
+
+    Nothing is dropped at random in training, whatever `settings` say.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -77,7 +80,9 @@ class UNet(nn.Module):
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.settings["cross_attention_dim"])
         make_exact(self.unet)
-        for module in self.unet.modules():
+        for name, module in list(self.unet.named_modules()):
+            if isinstance(module, nn.Dropout):
+                self.unet.set_submodule(name, nn.Identity())
             if isinstance(module, Attention):
                 if config.heads is not None:
                     module.heads = config.heads

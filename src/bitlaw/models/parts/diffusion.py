@@ -11,7 +11,7 @@ Legend: B images, C channels, H height, W width; the output of a network that le
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -41,6 +41,21 @@ class Losses(NamedTuple):
 
     mse_B: Tensor
     vb_B: Tensor | None
+
+    @property
+    def total_B(self) -> Tensor:
+        """Their sum."""
+        return self.mse_B if self.vb_B is None else self.mse_B + self.vb_B
+
+
+class NoisyBatch(NamedTuple):
+    """Images or latents at one timestep each, what a network is asked in training: x from x_0 and noise."""
+
+    labels_B: Tensor
+    t_B: Tensor
+    x_BCHW: Tensor
+    x0_BCHW: Tensor
+    noise_BCHW: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,6 +188,17 @@ class Diffusion:
         fractions = [(image * (math.sqrt(5) - 1) / 2 + 0.5) % 1 for image in image_ids]
         return torch.tensor([int(fraction * self.num_timesteps) for fraction in fractions])
 
+    def noisy(self, x0_BCHW: Tensor, labels_B: Tensor, image_ids: Sequence[int], noise_BCHW: Tensor) -> NoisyBatch:
+        """Images or latents at the timesteps of `loss_timesteps`."""
+        t_B = self.loss_timesteps(image_ids).to(x0_BCHW.device)
+        return NoisyBatch(labels_B, t_B, self.add_noise(x0_BCHW, t_B, noise_BCHW), x0_BCHW, noise_BCHW)
+
+    def named(self, output_BCHW: Tensor, channels: int) -> dict[str, Tensor]:
+        """The parts of an output: "noise" (or v, if the process predicts that), and "variance" if it is learned."""
+        if self.variance != "learned_range":
+            return {"noise": output_BCHW}
+        return {"noise": output_BCHW[:, :channels], "variance": output_BCHW[:, channels:]}
+
     def target(self, x0_BCHW: Tensor, index: Tensor | int, noise_BCHW: Tensor) -> Tensor:
         """What the network should give."""
         if self.prediction == "epsilon":
@@ -204,6 +230,16 @@ class Diffusion:
         )
         nll = -_discretized_log_likelihood(x0_BCHW, model.mean_BCHW, 0.5 * model.log_variance_BCHW)
         return torch.where(index_B == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+    def losses_of(self, batch: NoisyBatch, prediction: Mapping[str, Tensor]) -> Losses:
+        """Losses of each image of a batch, of the parts of an output as `named` gives them."""
+        parts = [prediction[name] for name in ("noise", "variance") if name in prediction]
+        return self.losses(torch.cat(parts, 1), batch.x0_BCHW, batch.t_B, batch.noise_BCHW)
+
+    def nearest_steps(self, t_B: Tensor) -> Tensor:
+        """Steps of a rollout (B,), 0 the noisiest, whose timesteps are nearest to original ones; of two the later."""
+        kept_K = torch.tensor(self.timesteps, dtype=torch.float32, device=t_B.device)
+        return self.num_steps - 1 - torch.bucketize(t_B.float(), (kept_K[1:] + kept_K[:-1]) / 2)
 
     # ---- reverse process ----------------------------------------------------------------------------
 
