@@ -18,6 +18,7 @@ DATA = Path(__file__).parent / "data"
 COMMANDS = [
     "study",
     "quantize",
+    "distill",
     "generate",
     "edit",
     "evaluate",
@@ -130,12 +131,33 @@ def test_models_lists_every_family_with_files_that_are_not_cut() -> None:
     assert "ladder/dit-l" not in run("models", "--family", "mar")
 
 
+def test_distill_then_info_and_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITLAW_CACHE", "")
+    out, further = tmp_path / "small", tmp_path / "further"
+    few = ["--steps", "3", "--batch-size", "4", "--training", "num_examples=8", "--training", "num-held-out=4"]
+    begin = ["--precision", "W3A16", "--loss", "topkld", "--top-k", "60", "--start", "rtn"]
+    events = tmp_path / "events"
+    said = run("distill", "ladder/var-xs", *begin, *few, "--tensorboard", str(events), "--out", str(out))
+    assert "encoding images [12/12]" in said and "student: step 3/3" in said
+    assert re.search(r"distilled +by topkld \(K = 60\), 3 steps of 4 images \(ladder\); held-out loss", said)
+    assert list(events.glob("events.out.tfevents.*"))
+    assert not (tmp_path / ".small.work").exists()
+    assert run("info", str(out)).strip() in said
+    more = run("distill", "ladder/var-xs", "--start", str(out), "--loss", "ce", *few, "--out", str(further))
+    assert "by ce, 3 steps" in more
+    precision = json.loads((further / "bitlaw.json").read_text())["provenance"]["precision"]
+    assert precision == "W3A16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "ladder/var-x"], "did you mean ladder/var-xs"),
         (["quantize", "ladder/var-xs", "--precision", "W4B8", "--out", "o"], "W4B8"),
         (["quantize", "ladder/var-xs", "--method", "rtm", "--out", "o"], "did you mean rtn"),
+        (["distill", "ladder/var-xs", "--loss", "topkl", "--out", "o"], "did you mean topkld"),
+        (["distill", "ladder/var-xs", "--top-k", "513", "--out", "o"], "the vocabulary has 512 codes"),
+        (["distill", "ladder/var-xs", "--training", "stepz=3", "--out", "o"], "did you mean steps"),
         (["generate", "ladder/var-xs", "--labels", "12"], "classes 0 to 11"),
         (["generate", "ladder/var-xs", "--labels", "a"], "unknown class 'a'"),
         (["generate", "ladder/var-xs", "--labels", ","], "expected class numbers"),

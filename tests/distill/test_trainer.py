@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_names_step_and_layer_and_keeps_the_last_state
     assert torch.load(state, weights_only=True)["step"] == 1
 
 
-# ---- several processes ----------------------------------------------------------------------------
+# ---- processes that are killed, and several at once -----------------------------------------------
 
 PROGRAM = """
 import sys
@@ -182,14 +184,36 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from tiny_models import TINY
+import bitlaw.training
 from bitlaw.distill import Distillation, distill
 torch.set_num_threads(1)
 torch.manual_seed(0)
 settings = Distillation(start="gptq", data="generated", num_examples=32, num_held_out=8, steps=5, batch_size=8,
                         accumulate=int(sys.argv[4]), warmup_steps=2, evaluations=2)
+bitlaw.training.SECONDS_BETWEEN_SAVES = -1.0
 small = distill(TINY[sys.argv[3]](), "W3A16", settings, protect="none", work=Path(sys.argv[2]) / "work", report=print)
 small.save(Path(sys.argv[2]) / f"rank{sys.argv[5]}")
 """
+
+
+def start(folder: Path, family: str, accumulate: int = 1, rank: int = 0, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "BITLAW_CACHE": "", **environment}
+    arguments = [str(Path(__file__).parents[1]), str(folder), family, str(accumulate), str(rank)]
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=env)
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    assert start(tmp_path / "a", "var").wait(timeout=120) == 0
+    running = start(tmp_path / "b", "var")
+    while not list(tmp_path.glob("b/work/*/student.pt")):
+        assert running.poll() is None
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert not (tmp_path / "b" / "rank0").exists()
+    assert start(tmp_path / "b", "var").wait(timeout=120) == 0
+    a, b = (bitlaw.load(tmp_path / name / "rank0") for name in "ab")
+    assert largest_difference(a, b) == 0
 
 
 def launch(folder: Path, family: str, world: int, accumulate: int) -> None:
@@ -206,10 +230,7 @@ def launch(folder: Path, family: str, world: int, accumulate: int) -> None:
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
         }
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "BITLAW_CACHE": "", **(together if world > 1 else {})}
-        tests = str(Path(__file__).parents[1])
-        arguments = [tests, str(folder), family, str(accumulate), str(rank)]
-        running.append(subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=env))
+        running.append(start(folder, family, accumulate, rank, **(together if world > 1 else {})))
     assert [process.wait(timeout=120) for process in running] == [0] * world
 
 

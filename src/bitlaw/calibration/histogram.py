@@ -47,7 +47,7 @@ class Histogram:
         return (torch.arange(len(self.counts_K)) + 0.5) * width - self.bound
 
     def add(self, x: Tensor, ends: tuple[float, float] | None = None) -> "Histogram":
-        """With the numbers of a tensor. `ends` are the least and the greatest of these or of more; None to find them."""
+        """With the numbers of a tensor. `ends` are the least and the greatest of these or of more, where known."""
         low, high = ends or (float(x.min()), float(x.max()))
         here = self._widened(max(high, -low))
         x_N = x.detach().flatten()

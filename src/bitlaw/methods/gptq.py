@@ -171,7 +171,7 @@ class _Columns:
     """The columns of a weight in the order in which they are rounded.
 
     params: fitted to the weight as it came
-    target_IO: t, as far as it is known; of rounded columns all of it
+    target_BO: t of the largest block at hand, as far as it is known; of rounded columns all of it
     error_IO: w - q of rounded columns, w of the others
     codes_IO: of rounded columns
     rest_I, error_I: |t - q| and |w - q| of rounded columns
@@ -182,7 +182,7 @@ class _Columns:
         self.params = spec.fit(weight_OI)
         self.diagonal_I = factor_II.diagonal().clone()
         self.error_IO = self.in_order(weight_OI).T.clone(memory_format=torch.contiguous_format)
-        self.target_IO = self.error_IO.clone()
+        self.target_BO, self.first = self.error_IO[:0], 0
         self.codes_IO = torch.empty_like(self.error_IO, dtype=spec.format.code_dtype)
         self.rest_I, self.error_I = torch.zeros_like(self.diagonal_I), torch.zeros_like(self.diagonal_I)
         num_inputs, size = weight_OI.shape[1], spec.group_size
@@ -205,7 +205,13 @@ class _Columns:
             above = [size // self.group_size * self.group_size for size in sizes if size > self.group_size]
             sizes = [*above, self.group_size, *(size for size in sizes if size < self.group_size)]
             self.fit_size = sizes[0] if fit_by_block else self.group_size
-        self._round(0, len(self.target_IO), sizes)
+        for begin in range(0, len(self.error_IO), sizes[0]):
+            end = min(begin + sizes[0], len(self.error_IO))
+            self.first, self.target_BO = begin, self.error_IO[begin:end].clone()
+            self._follow(slice(0, begin), slice(begin, end))
+            if self.refits and sizes[0] == self.fit_size:
+                self._refit(begin, end)
+            self._round(begin, end, sizes[1:])
 
     def result(self) -> QuantizedTensor:
         """The rounded weight, its columns as they came."""
@@ -223,16 +229,24 @@ class _Columns:
             return
         for begin in range(start, end, sizes[0]):
             stop = min(begin + sizes[0], end)
-            if begin > start:
-                feedback_JK = self._feedback(slice(start, begin), slice(begin, stop))
-                self.target_IO[begin:stop] += product(feedback_JK, self.error_IO[start:begin].T)
+            self._follow(slice(start, begin), slice(begin, stop))
             if self.refits and sizes[0] == self.fit_size:
                 self._refit(begin, stop)
             self._round(begin, stop, sizes[1:])
 
+    def _target(self, columns: slice) -> Tensor:
+        """t of columns of the largest block at hand."""
+        return self.target_BO[columns.start - self.first : columns.stop - self.first]
+
+    def _follow(self, earlier: slice, columns: slice) -> None:
+        """Tell the targets of columns of the errors of earlier ones."""
+        if earlier.stop > earlier.start:
+            target_JO = self._target(columns)
+            target_JO += product(self._feedback(earlier, columns), self.error_IO[earlier].T)
+
     def _round_one_by_one(self, start: int, end: int) -> None:
         feedback_JJ, chosen = self._feedback(slice(start, end), slice(start, end)), []
-        target_JO, error_JO = self.target_IO[start:end], self.error_IO[start:end]
+        target_JO, error_JO = self._target(slice(start, end)), self.error_IO[start:end]
         # Taken apart at once: here Python's calls are what takes the time.
         columns = zip(target_JO.unbind(), target_JO.unsqueeze(2).unbind(), error_JO.unsqueeze(2).unbind(), strict=True)
         for index, (target_O, target_O1, error_O1) in enumerate(columns):
@@ -245,7 +259,7 @@ class _Columns:
         step = end - start if self.order_I is None or len(self.groups) == 1 else 1
         for column in range(start, end, step):
             params = self.groups[self.source_of[column] // self.group_size]
-            codes_OJ = self.spec.format.encode(self.target_IO[column : column + step].T, params)
+            codes_OJ = self.spec.format.encode(target_JO[column - start : column - start + step].T, params)
             self.codes_IO[column : column + step] = codes_OJ.T
         self.rest_I[start:end] = torch.linalg.vector_norm(target_JO - torch.stack(chosen).squeeze(2), dim=1)
         self.error_I[start:end] = torch.linalg.vector_norm(error_JO, dim=1)
@@ -260,7 +274,7 @@ class _Columns:
         With z these weights, e = w - z and t the targets, which know of the columns before `begin`:
         z_j = t_j + sum over i < j from `begin` on of e_i U_ij, so that (I + U_strict^T) e = w - t.
         """
-        change_JO = self.error_IO[begin:stop] - self.target_IO[begin:stop]
+        change_JO = self.error_IO[begin:stop] - self._target(slice(begin, stop))
         if begin > 0:
             unit_JJ = self._feedback(slice(begin, stop), slice(begin, stop))
             identity_JJ = torch.eye(len(unit_JJ)).to(unit_JJ)
