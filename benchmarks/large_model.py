@@ -51,8 +51,9 @@ def quantize(work: Path, num_images: int) -> None:
     for name, tensor in sorted(pack_network(small.net).items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    errors = [note["gptq"]["error"] for note in small.provenance["sites"].values()]
-    print(json.dumps({"digest": digest.hexdigest(), "sites": len(errors), "mean_error": sum(errors) / len(errors)}))
+    notes = small.provenance["sites"].values()
+    errors = {stage: sum(note[stage]["error"] for note in notes) / len(notes) for stage in ("before", "gptq")}
+    print(json.dumps({"digest": digest.hexdigest(), "sites": len(notes), **errors}))
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     assert whole.printed is not None and resumed.printed is not None
     peak = max(each.peak for each in (whole, killed, resumed))
-    print(f"{whole.printed['sites']} sites, mean relative error {whole.printed['mean_error']:.3%}")
+    said = whole.printed
+    print(f"{said['sites']} sites, mean relative error {said['gptq']:.3%}, by rounding to nearest {said['before']:.3%}")
     bars = {
         f"peak memory of VAR-d16, {options.images} images: {peak / 2**30:.2f} GiB (at most 24)": peak <= LARGEST_PEAK,
         f"killed in block {options.kill_at}": killed.printed is None and len(before) == options.kill_at,

@@ -9,7 +9,7 @@ study = Study(
     name="distill-k",
     models=("ladder/var-xs", "ladder/var-l"),
     precisions=("W16A16", "W3A16", "W2A16"),
-    methods=tuple(f"distill:topkld,top_k={k},steps=200,start=rtn" for k in (0, 32, 64, 128, 256, 512)),
+    methods=tuple(f"distill:topkld,top_k={k},steps=200,lr=2e-3" for k in (0, 32, 64, 128, 256, 512)),
     seeds=(0, 1),
     description="TopKLD with six K, two seeds.",
 )

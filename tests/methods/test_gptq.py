@@ -176,7 +176,7 @@ def test_blocks_change_nothing_but_rounding() -> None:
     weight, x = torch.randn(12, 600, generator=g), torch.randn(900, 600, generator=g)
     x[:, 1:] += x[:, :-1]
     hessian = hessian_of(x)
-    for group_size in (None, 40, 300):
+    for group_size in (None, 40, 100, 300):
         spec = WeightSpec(FORMATS["int4"], group_size)
         results = [GPTQ(column_block=block).solve(weight, hessian, spec).quantized for block in (128, 1, 7, 600)]
         for other in results[1:]:

@@ -44,7 +44,7 @@ class Distillation:
     loss: str | None = None
     top_k: int | None = None
     temperature: float = 1.0
-    start: str = "gptq"
+    start: str = "rtn"
     data: str | None = None
     num_examples: int = 16384
     num_held_out: int = 256
@@ -57,7 +57,7 @@ class Distillation:
     batch_size: int = 64
     accumulate: int = 1
     lr: float = 1e-3
-    scale_lr_ratio: float = 1.0
+    scale_lr_ratio: float = 3.0
     warmup_steps: int = 20
     weight_decay: float = 0.0
     ema_half_life: float = 0.02

@@ -203,15 +203,15 @@ class _Columns:
         sizes = [column_block, _NEIGHBOURS] if column_block > _NEIGHBOURS else [column_block]
         if self.refits:  # a group begins where a block does, so that its weights are known then
             above = [size // self.group_size * self.group_size for size in sizes if size > self.group_size]
-            sizes = [*above, self.group_size, *(size for size in sizes if size < self.group_size)]
+            below = [size for size in sizes if size < self.group_size]
+            sizes = list(dict.fromkeys([*above, self.group_size, *below]))
             self.fit_size = sizes[0] if fit_by_block else self.group_size
+        room_BO = torch.empty_like(self.error_IO[: sizes[0]])
         for begin in range(0, len(self.error_IO), sizes[0]):
             end = min(begin + sizes[0], len(self.error_IO))
-            self.first, self.target_BO = begin, self.error_IO[begin:end].clone()
+            self.first, self.target_BO = begin, room_BO[: end - begin].copy_(self.error_IO[begin:end])
             self._follow(slice(0, begin), slice(begin, end))
-            if self.refits and sizes[0] == self.fit_size:
-                self._refit(begin, end)
-            self._round(begin, end, sizes[1:])
+            self._round_block(begin, end, sizes)
 
     def result(self) -> QuantizedTensor:
         """The rounded weight, its columns as they came."""
@@ -222,17 +222,17 @@ class _Columns:
         codes_IO = self.codes_IO if self.order_I is None else self.codes_IO[self.order_I.argsort()]
         return QuantizedTensor(codes_IO.T.contiguous(), params, self.spec, tuple(self.weight_OI.shape))
 
-    def _round(self, start: int, end: int, sizes: Sequence[int]) -> None:
-        """Round columns whose targets know of everything before `start`, in blocks of sizes[0], of sizes[1] ..."""
-        if not sizes:
+    def _round_block(self, start: int, end: int, sizes: Sequence[int]) -> None:
+        """Round a block of sizes[0] columns, whose targets know of everything before it, in blocks of sizes[1] ..."""
+        if self.refits and sizes[0] == self.fit_size:
+            self._refit(start, end)
+        if len(sizes) == 1:
             self._round_one_by_one(start, end)
             return
-        for begin in range(start, end, sizes[0]):
-            stop = min(begin + sizes[0], end)
+        for begin in range(start, end, sizes[1]):
+            stop = min(begin + sizes[1], end)
             self._follow(slice(start, begin), slice(begin, stop))
-            if self.refits and sizes[0] == self.fit_size:
-                self._refit(begin, stop)
-            self._round(begin, stop, sizes[1:])
+            self._round_block(begin, stop, sizes[1:])
 
     def _target(self, columns: slice) -> Tensor:
         """t of columns of the largest block at hand."""
@@ -323,7 +323,9 @@ def _nearest_loses_less(columns: _Columns, damping: float) -> bool:
     weighted_I = columns.rest_I.double() * columns.diagonal_I.double()
     bound = float((weighted_I.square() - damping * columns.error_I.double().square()).sum())
     num_outputs, num_inputs = weight_OI.shape
-    per_row, count, loss = num_inputs // columns.group_size, max(256, num_outputs // 4), 0.0
+    per_row, count, loss = num_inputs // columns.group_size, 256, 0.0
+    blocks = [slice(begin, min(begin + _FACTOR_BLOCK, num_inputs)) for begin in range(0, num_inputs, _FACTOR_BLOCK)]
+    panels = [factor_II[: block.stop, block].contiguous() for block in blocks]
     for first in range(0, num_outputs, count):
         rows, params = slice(first, first + count), columns.params
         if spec.group_size != "tensor":
@@ -332,9 +334,8 @@ def _nearest_loses_less(columns: _Columns, damping: float) -> bool:
         nearest_oI = spec.format.nearest(part_oI.reshape(-1, columns.group_size), params).view_as(part_oI)
         error_oI = columns.in_order(part_oI - nearest_oI)
         loss -= damping * _squared_norm(error_oI)
-        for start in range(0, num_inputs, _FACTOR_BLOCK):
-            end = min(start + _FACTOR_BLOCK, num_inputs)
-            loss += _squared_norm(product(error_oI[:, :end], factor_II[:end, start:end].contiguous().T))
+        for panel_IJ in panels:
+            loss += _squared_norm(product(error_oI[:, : len(panel_IJ)], panel_IJ.T))
             if loss >= bound:
                 return False
     return True
