@@ -17,7 +17,7 @@ from bitlaw.scaling.records import Cell
 LIGHT = ("#2a1f73", "#2757a3", "#0a807d", "#5f9018", "#c87f00")
 DARK = ("#8288ee", "#59a6ee", "#45c6b4", "#a6d860", "#ffd470")
 
-METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+METHOD_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star", "pentagon")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ function swatch({ dash, symbol }) {
     circle: make("circle", { cx: 17, cy: 6, r: 4 }),
     square: make("rect", { x: 13, y: 2, width: 8, height: 8 }),
     "triangle-up": make("polygon", { points: "17,1 22,10 12,10" }),
+    "triangle-down": make("polygon", { points: "17,11 22,2 12,2" }),
     diamond: make("polygon", { points: "17,0.5 22.5,6 17,11.5 11.5,6" }),
+    cross: make("polygon", { points: "15.5,1 18.5,1 18.5,4.5 22,4.5 22,7.5 18.5,7.5 18.5,11 15.5,11 15.5,7.5 12,7.5 12,4.5 15.5,4.5" }),
+    star: make("polygon", { points: "17,0.5 18.4,4.4 22.4,4.5 19.2,7 20.4,11 17,8.6 13.6,11 14.8,7 11.6,4.5 15.6,4.4" }),
+    pentagon: make("polygon", { points: "17,1 22,4.6 20.1,10.5 13.9,10.5 12,4.6" }),
   };
   const line = make("path", { d: "M1 6H33", stroke: "currentColor", "stroke-width": 2.2, "stroke-dasharray": dashes });
   shapes[symbol].setAttribute("fill", "currentColor");
