@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 import bitlaw
 from bitlaw.distill import Distillation
-from bitlaw.distill.data import Examples, open_examples
+from bitlaw.distill.data import open_examples
+from bitlaw.distill.examples import Examples
 from bitlaw.distill.processes import One
 from bitlaw.distill.qat import parameter_groups, student_of
 from bitlaw.distill.trainer import Lesson, Trainer, loss_of

@@ -17,22 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitlaw.distill import data
-from bitlaw.distill.data import (
-    EncodedData,
-    Examples,
-    ImageFolder,
-    LadderImages,
-    Part,
-    Source,
-    TeacherImages,
-    TeacherLogits,
-    encode,
-    open_examples,
-    open_source,
-    teacher_logits,
-)
+from bitlaw.distill import encoding, sources, teacher_logits
+from bitlaw.distill.data import open_examples
+from bitlaw.distill.encoding import EncodedData, encode
+from bitlaw.distill.examples import DROPPING_SEED, Batch, Examples
 from bitlaw.distill.settings import Distillation
+from bitlaw.distill.sources import ImageFolder, LadderImages, Part, Source, TeacherImages, open_source
+from bitlaw.distill.teacher_logits import TeacherLogits
 from bitlaw.ladder import data as ladder
 from bitlaw.metrics.samples import read_square
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer, VQTokenizerConfig
@@ -43,6 +34,8 @@ from bitlaw.models.networks.llamagen import LlamaGenConfig, LlamaGenTransformer
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.var import VAR
 from tiny_models import awake, tiny_ddpm, tiny_dit, tiny_llamagen, tiny_var
+
+computed = teacher_logits.teacher_logits  # tests put others in its place
 
 
 def write_image(path: Path, seed: int = 0, mode: str = "RGB") -> None:
@@ -213,7 +206,7 @@ def test_a_few_unreadable_images_are_left_out_and_counted(
 
 def test_images_that_break_after_the_look_are_treated_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JPEG has no checksums: a scan of headers finds it whole, and decoding does not."""
-    monkeypatch.setattr(data, "check_picture", lambda path: None)
+    monkeypatch.setattr(sources, "check_picture", lambda path: None)
     root = write_classes(tmp_path)
     source = ImageFolder(tiny_var(), root, num_held_out=1, max_unreadable=0.9)
     for path, _ in source.files[:3]:
@@ -229,7 +222,7 @@ def test_images_that_break_after_the_look_are_treated_alike(tmp_path: Path, monk
 def test_damaged_jpeg_is_found_when_it_is_read(tmp_path: Path) -> None:
     write_image(tmp_path / "a.jpg")
     damage(tmp_path / "a.jpg")
-    data.check_picture(tmp_path / "a.jpg")
+    sources.check_picture(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"a\.jpg: not an image, or damaged"):
         read_square(tmp_path / "a.jpg", 8)
 
@@ -268,7 +261,7 @@ def test_teacher_images_are_what_it_generates(make: Callable[[], Any]) -> None:
 def test_teacher_seed_is_no_other() -> None:
     from bitlaw.calibration.settings import Calibration
 
-    assert len({data.GENERATED_SEED, data.DROPPING_SEED, Calibration().seed, 0}) == 4
+    assert len({sources.GENERATED_SEED, DROPPING_SEED, Calibration().seed, 0}) == 4
     one, other = (encode(TeacherImages(tiny_var_of(0), 4, 1, seed=seed)) for seed in (1, 2))
     assert not torch.equal(one.train.encoded, other.train.encoded)
 
@@ -317,7 +310,7 @@ class Counting:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PART", 4)
+    monkeypatch.setattr(encoding, "PART", 4)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -364,7 +357,7 @@ def test_types_on_disk(tmp_path: Path) -> None:
         source = TeacherImages(make(), 3, 2)
         assert encode(source, tmp_path).train.encoded.dtype == dtype
         assert_same(encode(source, tmp_path), encode(source))
-    part = data._compact(Part(torch.tensor([[2**15]]), torch.tensor([0])), 2**15 + 1)
+    part = encoding._compact(Part(torch.tensor([[2**15]]), torch.tensor([0])), 2**15 + 1)
     assert part.encoded.dtype == torch.int32 and part.encoded.item() == 2**15
 
 
@@ -407,7 +400,7 @@ def test_fingerprints(tmp_path: Path) -> None:
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def joined(parts: Sequence[data.Batch]) -> tuple[Tensor, Tensor, list[int], Tensor]:
+def joined(parts: Sequence[Batch]) -> tuple[Tensor, Tensor, list[int], Tensor]:
     return (
         torch.cat([part.encoded for part in parts]),
         torch.cat([part.labels_B for part in parts]),
@@ -485,8 +478,8 @@ def cached(
     return examples, TeacherLogits(model, examples, work, dtype=dtype, **more)
 
 
-def on_the_fly(model: Any, batch: data.Batch) -> Tensor:
-    return teacher_logits(model, batch, Noise(0, batch.image_ids))
+def on_the_fly(model: Any, batch: Batch) -> Tensor:
+    return computed(model, batch, Noise(0, batch.image_ids))
 
 
 @pytest.mark.parametrize("make", [tiny_var, tiny_llamagen])
@@ -510,24 +503,24 @@ def test_cached_logits_are_computed_once(tmp_path: Path, monkeypatch: pytest.Mon
     examples, logits = cached(model, tmp_path, batch_size=4)
     asked: list[int] = []
 
-    def counting(teacher: Any, batch: data.Batch, noise: Noise) -> Tensor:
+    def counting(teacher: Any, batch: Batch, noise: Noise) -> Tensor:
         if len(asked) == 8:
             raise KeyboardInterrupt
         asked.extend([len(batch.labels_B)] * len(batch.labels_B))
-        return teacher_logits(teacher, batch, noise)
+        return computed(teacher, batch, noise)
 
-    monkeypatch.setattr(data, "teacher_logits", counting)
+    monkeypatch.setattr(teacher_logits, "teacher_logits", counting)
     with pytest.raises(KeyboardInterrupt):
         logits.fill()
     assert len(asked) == 8
-    monkeypatch.setattr(data, "teacher_logits", lambda *given: asked.append(0) or teacher_logits(*given))
+    monkeypatch.setattr(teacher_logits, "teacher_logits", lambda *given: asked.append(0) or computed(*given))
     told: list[tuple[str, int, int]] = []
     _, again = cached(model, tmp_path, batch_size=4, progress=lambda *x: told.append(x))
     again.fill()
     assert asked[8:] == [0, 0]  # 4 of the 12 that are trained on, and the 3 that are held out
     assert told[0] == (f"teacher logits take {again.num_bytes:,} bytes of {tmp_path}", 0, 0)
     assert told[1:] == [("teacher logits", done, 15) for done in (4, 8, 12, 15)]
-    monkeypatch.setattr(data, "teacher_logits", lambda *given: pytest.fail("computed again"))
+    monkeypatch.setattr(teacher_logits, "teacher_logits", lambda *given: pytest.fail("computed again"))
     for batch in (examples.batch(0, 12), *examples.held_out(2)):
         torch.testing.assert_close(again.of(batch), on_the_fly(model, batch))
 

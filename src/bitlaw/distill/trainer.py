@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from bitlaw.calibration.cache import cache_folder, fingerprint_of
 from bitlaw.calibration.collect import Progress
 from bitlaw.calibration.settings import Calibration
-from bitlaw.distill.data import Batch, Examples, open_examples, source_of
+from bitlaw.distill.data import open_examples, source_of
+from bitlaw.distill.examples import Batch, Examples
 from bitlaw.distill.losses import Divergence, make_loss
 from bitlaw.distill.processes import One, processes
 from bitlaw.distill.qat import freeze, parameter_groups, quantized_layers, student_of

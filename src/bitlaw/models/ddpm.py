@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder
-from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.denoiser import Denoiser
+from bitlaw.models.generator import Extracted, Noise, Site, StepClock
 from bitlaw.models.keymaps import Modules, ddpm_unet, present_names, to_ours, to_theirs
 from bitlaw.models.official import AUTOENCODER_PARTS, WeightsFile
-from bitlaw.models.parts.diffusion import Diffusion, NoisyBatch
+from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.parts.guidance import guide
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build, with_prefix
@@ -74,7 +75,7 @@ class UNetState(NamedTuple):
 _MODULE = re.compile(r"unet\.\w+_block(s\.\d+)?\.(resnets|attentions|downsamplers|upsamplers)\.\d+")
 
 
-class DDPM(ImageGenerator[UNetState]):
+class DDPM(Denoiser[UNetState]):
     """A UNet that denoises pixels. It has no classes: the only label is 0, "whatever it draws".
 
     Samplers are those of the papers, which the scheduler settings on the hub are not in every point: the DDIM sampler
@@ -191,28 +192,6 @@ class DDPM(ImageGenerator[UNetState]):
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         """What is denoised, (B, C, H, W)."""
         return self.from_pixels(from_uint8(images_BCHW))
-
-    def encoded_of(self, state: UNetState) -> Tensor:
-        """What was drawn."""
-        return state.x_BCHW.clone()
-
-    @torch.no_grad()
-    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> NoisyBatch:
-        """Each image or latent at one timestep, by the golden-ratio sequence over the images' ids."""
-        return self.process.noisy(encoded, labels_B, noise.image_ids_B, noise.normal(0, encoded.shape[1:]))
-
-    def predict(self, batch: NoisyBatch) -> dict[str, Tensor]:
-        """As "noise" (B, C, H, W). Images are in the step group of the step whose timestep is nearest to theirs."""
-
-        def run(rows: Tensor) -> Tensor:
-            return self.net(batch.x_BCHW[rows], batch.t_B[rows], batch.labels_B[rows])
-
-        output = self.run_by_step(self.spaced.nearest_steps(batch.t_B), run)
-        return self.process.named(output, self.net.config.in_channels)
-
-    def training_loss(self, batch: NoisyBatch, prediction: dict[str, Tensor]) -> Tensor:
-        """Mean squared error of the noise, (B,)."""
-        return self.process.losses_of(batch, prediction).total_B
 
     def to_pixels(self, x_BCHW: Tensor) -> Tensor:
         """Images, about in [-1, 1], of what is denoised."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bitlaw.models.autoencoders import Autoencoder
-from bitlaw.models.generator import Absorber, Extracted, ImageGenerator, Noise, Site, StepClock
+from bitlaw.models.denoiser import Denoiser
+from bitlaw.models.generator import Absorber, Extracted, Noise, Site, StepClock
 from bitlaw.models.networks.dit import (
     Classes,
     DiffusionTransformer,
@@ -22,7 +23,7 @@ from bitlaw.models.networks.dit import (
     is_diffusers,
 )
 from bitlaw.models.official import WeightsFile
-from bitlaw.models.parts.diffusion import Diffusion, Losses, NoisyBatch
+from bitlaw.models.parts.diffusion import Diffusion, Losses
 from bitlaw.models.parts.guidance import check_guidance, guide_channels
 from bitlaw.models.parts.pixels import Rounding, from_uint8, to_uint8
 from bitlaw.models.storage import build
@@ -76,7 +77,7 @@ class DiTState(NamedTuple):
     classes: Classes | None = None
 
 
-class DiT(ImageGenerator[DiTState]):
+class DiT(Denoiser[DiTState]):
     """A diffusion transformer with its process and autoencoder."""
 
     family = "dit"
@@ -226,31 +227,6 @@ class DiT(ImageGenerator[DiTState]):
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         """Scaled latents (B, C, H, W): the mean of the autoencoder's distribution, not a sample of it."""
         return self.latent_codec.encode(from_uint8(images_BCHW)) * self.latent_scale
-
-    def encoded_of(self, state: DiTState) -> Tensor:
-        """The latents that were drawn."""
-        return state.x_BCHW.clone()
-
-    @torch.no_grad()
-    def teacher_forced(self, encoded: Tensor, labels_B: Tensor, noise: Noise) -> NoisyBatch:
-        """Each latent at one timestep, by the golden-ratio sequence over the images' ids."""
-        return self.process.noisy(encoded, labels_B, noise.image_ids_B, noise.normal(0, encoded.shape[1:]))
-
-    def predict(self, batch: NoisyBatch) -> dict[str, Tensor]:
-        """As "noise" the noise or v, and "variance" if it is learned, (B, C, H, W) each.
-
-        Images are in the step group of that step of a rollout whose timestep is nearest to theirs.
-        """
-
-        def run(rows: Tensor) -> Tensor:
-            return self.net(batch.x_BCHW[rows], batch.t_B[rows], batch.labels_B[rows])
-
-        output = self.run_by_step(self.spaced.nearest_steps(batch.t_B), run)
-        return self.process.named(output, self.net.config.in_channels)
-
-    def training_loss(self, batch: NoisyBatch, prediction: dict[str, Tensor]) -> Tensor:
-        """What DiT was trained with, (B,): squared error, and the variational bound where the variance is learned."""
-        return self.process.losses_of(batch, prediction).total_B
 
     def loss(self, images_BCHW: Tensor, labels_B: Tensor, noise: Noise) -> Tensor:
         """Mean squared error of each uint8 image (B,), at one timestep each; see `losses`."""
