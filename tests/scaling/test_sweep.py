@@ -208,3 +208,11 @@ def test_a_study_of_released_files_under_a_recipe(tmp_path: Path) -> None:
 def test_validation_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="draws 96 px, and the validation images are the ladder's of 24 px"):
         Study(name="x", models=(VAR_FILE,), precisions=("W16A16",), options={"tokenizer": TOKENIZER_FILE}).check()
+
+
+def test_methods_that_calibrate_or_train_are_expected_to_take_longer() -> None:
+    methods = ("rtn", "gptq", "distill:ce,steps=100")
+    study = Study(name="costs", models=("ladder/var-xs",), precisions=("W3A16",), methods=methods, num_images=80)
+    expected = estimate(study.cells(), num_images=2)
+    rtn, gptq, distilled = (expected.cell_seconds[cell] for cell in study.cells())
+    assert rtn < gptq < distilled

@@ -227,24 +227,35 @@ class Estimate:
 
 
 def estimate(cells: list[Cell], num_images: int = 16) -> Estimate:
-    """Draw a few images with every model, in full precision and with quantized activations, and extrapolate."""
+    """Draw a few images with every model, in full precision and with quantized activations, and extrapolate.
+
+    What methods cost is counted in images (`by_name.cost_in_images`), and rough.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        model: ImageGenerator[Any] | None = None
+        loaded = ""
         per_image: dict[tuple[str, bool], float] = {}
-        for cell in cells:
+        seconds = {}
+        for cell in sorted(cells, key=lambda cell: cell.model):  # one model in memory at a time
+            if model is None or cell.model != loaded:
+                loaded = cell.model
+                model = load(cell.model, **dict(cell.options)).with_sampling(**dict(cell.sampling))
+            precision = Precision.parse(cell.precision)
             key = (cell.model, _quantizes_activations(cell))
             if key not in per_image:
-                model: ImageGenerator[Any] = load(cell.model, **dict(cell.options))
-                model = model.with_sampling(**dict(cell.sampling))
-                if key[1]:
-                    model = quantize(model, Precision.parse(cell.precision), method="rtn", protect=cell.protect)
+                drawn = quantize(model, precision, method="rtn", protect=cell.protect) if key[1] else model
                 labels = cyclic_labels(num_images, model.num_classes)
-                model.generate(labels[:2])
+                drawn.generate(labels[:2])
                 started = time.process_time()
-                model.generate(labels)
+                drawn.generate(labels)
                 per_image[key] = (time.process_time() - started) / num_images
-        seconds = {c: 2 + per_image[c.model, _quantizes_activations(c)] * c.num_images for c in cells}
+            count = float(cell.num_images)
+            if not precision.is_full:
+                settings = Calibration(**dict(cell.calibration))
+                count += by_name.cost_in_images(model, cell.method, settings, precision.is_static)
+            seconds[cell] = 2 + per_image[key] * count
     finally:
         torch.set_num_threads(threads)
     return Estimate(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
