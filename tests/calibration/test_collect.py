@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitlaw.calibration.collect import Collector, collect
+import bitlaw
+from bitlaw.calibration.collect import Collector, choose_rows, collect
 from bitlaw.calibration.histogram import Histograms
 from bitlaw.calibration.settings import Calibration
 from bitlaw.models.generator import Noise, rollout
@@ -166,3 +167,35 @@ def test_watching_ends() -> None:
 def test_settings_that_cannot_be(bad, said) -> None:
     with pytest.raises(ValueError, match=said):
         Calibration(**bad)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1152, 72), (1000, 999), (7, 3), (5, 5), (10**6, 4096)])
+def test_rows_are_chosen_in_order_and_from_everywhere(count: int, wanted: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = choose_rows(count, wanted, random)
+    if wanted == count:
+        assert rows is None
+        return
+    assert rows is not None
+    assert len(rows) == wanted and int(rows[0]) >= 0 and int(rows[-1]) < count
+    assert (rows.diff() > 0).all()
+
+
+def test_no_position_of_an_image_is_overlooked() -> None:
+    """36 tokens an image, one row of 16: a spacing of 16 would meet 9 of them."""
+    random = torch.Generator().manual_seed(0)
+    chosen = [choose_rows(32 * 36, 72, random) for _ in range(20)]
+    met = torch.bincount(torch.cat([rows % 36 for rows in chosen if rows is not None]), minlength=36)
+    assert len(met) == 36 and met.min() > 0.4 * met.float().mean()
+
+
+def test_moments_of_few_rows_are_about_those_of_all() -> None:
+    """Within what independent rows allow: relative error of E[x x^T] about sqrt(effective inputs / rows)."""
+    model = bitlaw.load("ladder/var-xs")
+    name, needs = "blocks.1.attn.mat_qkv", frozenset({"hessian_II"})
+    some, all_ = (
+        collect(model, Calibration(num_images=32, rows_per_input=n), [name], needs)[name].hessian_II
+        for n in (16, 10**6)
+    )
+    assert some is not None and all_ is not None
+    assert float((some - all_).norm() / all_.norm()) < 0.2

@@ -3,7 +3,6 @@
 Legend: R rows, I inputs of an output channel, C input channels, B images, H height, W width.
 """
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ class Collector:
         self.layers = {name: model.net.get_submodule(name) for name in names}
         self.expected_rows = dict(expected_rows or {})
         self.seen = {name: self._nothing(name) for name in self.layers}
-        self._random = random.Random(settings.seed)
+        self._random = torch.Generator().manual_seed(settings.seed)
         self._needs_ends, self._needs_rows = not needs.isdisjoint({"low_C", "high_C"}), "rows_RI" in needs
 
     def _nothing(self, name: str) -> _Seen:
@@ -139,7 +138,7 @@ class Collector:
             seen.owed -= wanted
             if wanted:
                 weight = 1.0 / wanted if self.settings.balanced_steps else count / wanted
-                for rows_RI in _rows(layer, x, self._choose(count, wanted)):
+                for rows_RI in _rows(layer, x, choose_rows(count, wanted, self._random)):
                     seen.moments.add(rows_RI, weight)
         if needs_rows:
             expected = max(self.expected_rows.get(name, 0.0), count)
@@ -147,15 +146,7 @@ class Collector:
             wanted = min(wanted, self.settings.sample_rows - seen.num_sampled)
             seen.num_sampled += wanted
             # Copied: what is chosen may be a view of all that entered.
-            seen.rows += [part.float().clone() for part in _rows(layer, x, self._choose(count, wanted))]
-
-    def _choose(self, count: int, wanted: int) -> slice | None:
-        """Evenly spaced `wanted` of `count` rows, beginning anywhere; None for all."""
-        if wanted >= count:
-            return None
-        spacing = count // wanted
-        begin = self._random.randrange(count - spacing * (wanted - 1))
-        return slice(begin, begin + spacing * (wanted - 1) + 1, spacing)
+            seen.rows += [part.float().clone() for part in _rows(layer, x, choose_rows(count, wanted, self._random))]
 
     def num_bytes(self) -> int:
         """Bytes that the statistics take when all has been seen, and `stats` has been called."""
@@ -201,6 +192,20 @@ class Collector:
         )
 
 
+def choose_rows(count: int, wanted: int, random: torch.Generator) -> Tensor | None:
+    """`wanted` of `count` rows in order, int64: one at random of each of as many equal parts; None for all.
+
+    Not every so many: rows come image by image, and a spacing that shares a factor with the tokens of an image would
+    see some of its positions only.
+    """
+    if wanted >= count:
+        return None
+    ends = torch.arange(wanted + 1) * count // wanted
+    sizes = ends[1:] - ends[:-1]
+    within = (torch.rand(wanted, generator=random, dtype=torch.float64) * sizes).long()
+    return ends[:-1] + within.minimum(sizes - 1)
+
+
 def in_words(num_bytes: int) -> str:
     """A size as people say it."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
@@ -221,14 +226,14 @@ def _positions(layer: Any, x_BCHW: Tensor) -> int:
     return sides[0] * sides[1]
 
 
-def _rows(layer: Any, x: Tensor, chosen: slice | None) -> Iterator[Tensor]:
+def _rows(layer: Any, x: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
     """The chosen rows (R, I) of an input, in parts; for a convolution image by image, as windows are many times it."""
-    chosen = chosen or slice(None)
     if not isinstance(layer, CONVOLUTIONS):
-        yield x.reshape(-1, x.shape[-1])[chosen]
+        rows_RI = x.reshape(-1, x.shape[-1])
+        yield rows_RI if chosen is None else rows_RI[chosen.to(x.device)]
         return
     per_image = _positions(layer, x)
-    places = torch.arange(len(x) * per_image)[chosen]
+    places = torch.arange(len(x) * per_image) if chosen is None else chosen
     for i, image in enumerate(x):
         mine = places[(places >= i * per_image) & (places < (i + 1) * per_image)] - i * per_image
         if len(mine):

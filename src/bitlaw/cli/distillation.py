@@ -58,7 +58,7 @@ def distill(
     ] = None,
     start: Annotated[
         str, typer.Option(help="What is trained: a post-training method, or the directory of a quantized checkpoint.")
-    ] = "gptq",
+    ] = "rtn",
     data: Annotated[
         str | None,
         typer.Option(
