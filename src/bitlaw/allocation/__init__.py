@@ -1,0 +1,1 @@
+"""Mixed precision: how many bits each weight tensor and each activation gets under a budget."""
