@@ -122,7 +122,6 @@ class Trained:
     weights: averaged ones, and buffers as they are at the end; where there was a `Watch`, those of the least error
     step: after which the weights were as they are here
     errors: on held-out data, by step
-    losses: mean over the steps since the one before, by step of the report
     """
 
     weights: dict[str, Tensor]

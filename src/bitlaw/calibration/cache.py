@@ -65,12 +65,14 @@ def fingerprint(model: ImageGenerator[Any], settings: Calibration, *more: Any) -
     return fingerprint_of(described, model.net)
 
 
-def fingerprint_of(described: Mapping[str, Any], *modules: nn.Module) -> str:
-    """A name for plain values and the numbers of modules, under these versions of bitlaw and torch."""
+def fingerprint_of(described: Mapping[str, Any], *modules: nn.Module | None) -> str:
+    """A name for plain values and the numbers of modules (None has none), under these versions of bitlaw and torch."""
     digest = hashlib.blake2b(digest_size=16)
     described = {"versions": [version("bitlaw"), version("torch")], **described}
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for module in modules:
+        if module is None:
+            continue
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             digest.update(name.encode())
             numbers: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

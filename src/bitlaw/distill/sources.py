@@ -87,7 +87,7 @@ class Source(ABC):
             "num_held_out": self.num_held_out,
             "autoencoder": None if autoencoder is None else autoencoder_config(autoencoder),
         }
-        return fingerprint_of(described, *([] if autoencoder is None else [autoencoder]))
+        return fingerprint_of(described, autoencoder)
 
 
 class LadderImages(Source):
@@ -235,7 +235,7 @@ class TeacherImages(Source):
 
     def fingerprint(self) -> str:
         """A name for the teacher, its sampler, and the seed."""
-        model, autoencoder = self.model, self.model.autoencoder
+        model = self.model
         described = {
             "kind": "generated",
             "family": model.family,
@@ -245,7 +245,7 @@ class TeacherImages(Source):
             "num_train": self.num_train,
             "num_held_out": self.num_held_out,
         }
-        return fingerprint_of(described, model.net, *([] if autoencoder is None else [autoencoder]))
+        return fingerprint_of(described, model.net, model.autoencoder)
 
 
 def open_source(

@@ -147,8 +147,7 @@ class TeacherLogits:
             "dtype": str(self.dtype),
             "dropping": [examples.seed, examples.label_dropout, examples.null_label],
         }
-        autoencoder = teacher.autoencoder
-        return fingerprint_of(described, teacher.net, *([] if autoencoder is None else [autoencoder]))
+        return fingerprint_of(described, teacher.net, teacher.autoencoder)
 
 
 def check_cacheable(teacher: ImageGenerator[Any]) -> int:

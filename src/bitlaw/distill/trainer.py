@@ -236,7 +236,8 @@ class Trainer:
     ):
         self.lesson, self.teacher, self.examples, self.settings = lesson, teacher, examples, settings
         self.together, self.shared = together, together.share(lesson)
-        self.kept: list[dict[str, Tensor]] | None = [] if self._held_out_bytes() <= LARGEST_HELD_OUT else None
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self._keeps = self._held_out_bytes() <= LARGEST_HELD_OUT
 
     def run(self, work: Path, report: Report, events: Events | None) -> Trained:
         settings = self.settings
@@ -286,12 +287,15 @@ class Trainer:
         given = self.examples.batch(step, settings.batch_size, rank=index, world=parts)
         return self._asked(given, Noise(settings.seed, given.image_ids, self.teacher.device))
 
-    def _asked(self, given: Batch, noise: Noise) -> tuple[Any, Tensor, dict[str, Tensor] | None]:
+    def _asked(
+        self, given: Batch, noise: Noise, known: dict[str, Tensor] | None = None
+    ) -> tuple[Any, Tensor, dict[str, Tensor] | None]:
+        """What the student is asked, and what the teacher says to it, if that is not `known` and is needed."""
         device = self.teacher.device
         encoded, labels_B = given.encoded.to(device), given.labels_B.to(device)
         batch = self.teacher.teacher_forced(encoded, labels_B, noise)
-        if not self.lesson.needs_teacher:
-            return batch, encoded, None
+        if known is not None or not self.lesson.needs_teacher:
+            return batch, encoded, known
         if given.logits_BLV is not None:
             return batch, encoded, {"logits": given.logits_BLV.to(device)}
         with torch.no_grad():
@@ -304,14 +308,9 @@ class Trainer:
         size = max(1, self.settings.batch_size // self.settings.accumulate)
         for index, given in enumerate(examples.held_out(size)):
             noise = Noise(HELD_OUT_SEED, given.image_ids, self.teacher.device)
-            if self.kept is not None and index < len(self.kept):
-                encoded = given.encoded.to(self.teacher.device)
-                batch = self.teacher.teacher_forced(encoded, given.labels_B.to(self.teacher.device), noise)
-                expected = self.kept[index] or None
-            else:
-                batch, encoded, expected = self._asked(given, noise)
-                if self.kept is not None:
-                    self.kept.append(expected or {})
+            batch, encoded, expected = self._asked(given, noise, self.kept.get(index))
+            if self._keeps and expected is not None:
+                self.kept[index] = expected
             total += float(self.lesson(batch, encoded, expected).double().sum())
         return total / examples.num_held_out
 
@@ -388,8 +387,6 @@ def _check_alike(start: ImageGenerator[Any], teacher: ImageGenerator[Any]) -> No
     if sizes[0] != sizes[1]:
         different = sorted(key for key in sizes[1] if sizes[0].get(key) != sizes[1][key])
         raise ValueError(f"student and teacher are of different {' and '.join(different)}: {sizes[0]} and {sizes[1]}")
-    codecs = [model.autoencoder for model in (start, teacher)]
-    if codecs[0] is not codecs[1]:
-        prints = [None if codec is None else fingerprint_of({}, codec) for codec in codecs]
-        if prints[0] != prints[1]:
-            raise ValueError("student and teacher have different tokenizers or autoencoders; load both with the same")
+    codecs = start.autoencoder, teacher.autoencoder
+    if codecs[0] is not codecs[1] and fingerprint_of({}, codecs[0]) != fingerprint_of({}, codecs[1]):
+        raise ValueError("student and teacher have different tokenizers or autoencoders; load both with the same")
