@@ -49,7 +49,4 @@ def ratios(name: str, method: str) -> list[float]:
 @pytest.mark.parametrize("name", ladder_names())
 @pytest.mark.parametrize("method", ["omniquant", "adaround"])
 def test_every_block_of_the_ladder_loses_less_than_by_rounding_to_nearest(name: str, method: str) -> None:
-    """But for one: in dit-m's last block, whose errors a few calls dominate, learned rounding keeps its start."""
-    found = ratios(name, method)
-    assert max(found) <= 1
-    assert sum(ratio == 1 for ratio in found) <= ((method, name) == ("adaround", "ladder/dit-m"))
+    assert max(ratios(name, method)) < 1

@@ -30,14 +30,14 @@ class LearnedRounding(BlockMethod):
     ranges stay.
 
     steps, batch_calls: of Adam, and calls of the block in each
-    learning_rate: of V, 300 times that of the original, which takes 20 times the steps. Outside of (-2.4, 2.4) V stays
+    learning_rate: of V, 200 times that of the original, which takes 20 times the steps. Outside of (-2.4, 2.4) V stays
                    where it is, and at 0.6 most are there after a few steps
     penalty: weight of what pushes h to its ends
     """
 
     steps: int = 500
-    batch_calls: int = 1
-    learning_rate: float = 0.3
+    batch_calls: int = 4
+    learning_rate: float = 0.2
     penalty: float = 100.0
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment_I"})
