@@ -10,9 +10,6 @@ other minima beside it. K is a share of the codes; as many lie in the teacher's 
 
 import argparse
 import itertools
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from bitlaw.distill.losses import Divergence, TopKLD, make_loss
+from bitlaw.figures import write_figure
 from bitlaw.files import write_json
 
 MIXTURE = ((0.65, -2.0, 0.7), (0.35, 2.0, 1.0))
@@ -114,11 +112,7 @@ def draw(path: Path, teacher_V: Tensor, results: dict[str, dict[str, Any]]) -> N
         xaxis_title="code",
         yaxis_title="probability density",
     )
-    script = Path(__file__).parent.parent / "scripts" / "report_picture.py"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
-        subprocess.run([sys.executable, str(script), str(page), str(path), "880", "440"], check=True)
+    write_figure(path, figure)
 
 
 def main() -> None:

@@ -6,13 +6,11 @@ Both axes are relative to the largest model in full precision, as the scores are
 """
 
 import argparse
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from plotly.subplots import make_subplots
 
+from bitlaw.figures import write_figure
 from bitlaw.precision import Precision
 from bitlaw.report.recipes import LIGHT, METHOD_SYMBOLS
 from bitlaw.scaling import read_points
@@ -83,11 +81,7 @@ def main() -> None:
     figure.update_yaxes(type="log", dtick="D2")
     figure.update_yaxes(title="score over that model's (lower is better)", col=1)
     figure.update_layout(template="plotly_white", width=1180, height=560, margin={"l": 60, "r": 20, "t": 40, "b": 50})
-    script = Path(__file__).parent / "report_picture.py"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
-        subprocess.run([sys.executable, str(script), str(page), str(options.picture), "1200", "580"], check=True)
+    write_figure(options.picture, figure)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ DATA = Path(__file__).parent / "data"
 
 COMMANDS = [
     "study",
+    "allocate",
     "quantize",
     "distill",
     "generate",

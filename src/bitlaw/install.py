@@ -48,7 +48,7 @@ def install(net: nn.Module, plan: BitPlan, parts: Mapping[str, SiteParts], clock
     for name in plan:
         if is_changed(plan, name):
             layer = net.get_submodule(name)
-            replaced[id(layer)] = _quantized_layer(layer, parts.get(name, SiteParts()), plan, name, clock)
+            replaced[id(layer)] = quantized_layer(layer, parts.get(name, SiteParts()), plan, name, clock)
     # deepcopy puts what its memo holds in the place of the original, uncopied.
     twin = copy.deepcopy(net, dict(replaced))
     for name in plan:
@@ -59,7 +59,7 @@ def install(net: nn.Module, plan: BitPlan, parts: Mapping[str, SiteParts], clock
 def install_site(net: nn.Module, plan: BitPlan, name: str, parts: SiteParts, clock: Clock) -> None:
     """Put the quantized modules of one site into `net` itself, if `plan` changes it."""
     if is_changed(plan, name):
-        net.set_submodule(name, _quantized_layer(net.get_submodule(name), parts, plan, name, clock))
+        net.set_submodule(name, quantized_layer(net.get_submodule(name), parts, plan, name, clock))
         _install_attention(net, plan, name, clock)
 
 
@@ -128,7 +128,8 @@ def is_quantizable(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     return is_plain and module.padding_mode == "zeros"
 
 
-def _quantized_layer(layer: nn.Module, parts: SiteParts, plan: BitPlan, name: str, clock: Clock) -> QuantLayer:
+def quantized_layer(layer: nn.Module, parts: SiteParts, plan: BitPlan, name: str, clock: Clock) -> QuantLayer:
+    """The quantized twin of a layer, for a site of this name; the layer stays as it is."""
     assert is_quantizable(layer)  # `check_plan` has seen to it
     # Ranges are there for a whole site or not at all, whatever its step groups.
     rest = (parts.weight, plan[name], plan.step_groups, clock, parts.ranges or None)

@@ -15,7 +15,7 @@ stored as they are (e2m1: eight to a word, the first in the lowest bits). A drop
 shape of a convolution is that of the linear (O, I kh kw).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -48,6 +48,29 @@ def pack(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         else:
             tensors["bitlaw_codebook" if param == "codebook_GKD" else f"bitlaw_{param}"] = value.contiguous()
     assert 8 * sum(tensor.nbytes for key, tensor in tensors.items() if key != "weight_shape") == quantized.bits().total
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def layout(
+    name: str, spec: WeightSpec, shape: Sequence[int], scale_dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor that `pack` gives for a weight of this shape, whose codes need not be known."""
+    format, rows, num_groups = spec.format, shape[0], spec.num_groups(shape)
+    codes_key, zeros_key = _keys(format)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_shape": (torch.int64, (len(shape),))}
+    if format.code_width > 0:
+        words = packed_bits(prod(shape[1:]) // format.values_per_code, format.code_width) // 32
+        tensors[codes_key] = (torch.int32, (rows, words))
+    for param in format.param_names:
+        if param == "scale_G1":
+            tensors["weight_scale"] = (scale_dtype, _table(spec, tuple(shape)))
+        elif param == "zero_G1" and spec.group_size == "tensor":
+            tensors[zeros_key] = (format.code_dtype, (1,))
+        elif param == "zero_G1":
+            tensors[zeros_key] = (torch.int32, (packed_bits(rows, format.code_width) // 32, num_groups // rows))
+        else:
+            assert param == "codebook_GKD"
+            tensors["bitlaw_codebook"] = (torch.int8, (num_groups, *format.codebook_shape))
     return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -233,11 +256,9 @@ def unpack_site(name: str, tensors: Mapping[str, Tensor], plan: BitPlan) -> Site
 
 
 def static_format(plan: BitPlan, name: str) -> Format | None:
-    """The format of a site's static activation ranges; None if its ranges are dynamic."""
-    for precision in plan[name]:
-        if precision.is_static and precision.activation is not None:
-            return precision.activation.format
-    return None
+    """The format of a site's static activation ranges, the widest if step groups differ; None if they are dynamic."""
+    formats = [p.activation.format for p in plan[name] if p.is_static and p.activation is not None]
+    return max(formats, key=lambda format: format.code_bits, default=None)
 
 
 def parts_of(layer: QuantLayer) -> SiteParts:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 from bitlaw.files import write_json
 from bitlaw.formats import FORMATS, Format
 from bitlaw.names import lookup
-from bitlaw.precision import FULL_BITS, GroupSize, Precision, TensorPrecision
+from bitlaw.precision import FULL_BITS, BitPlan, GroupSize, Precision, TensorPrecision
 
 CURVES_VERSION = 1
 
@@ -75,6 +75,7 @@ class CurveSettings:
     step_groups: the first step of each group of steps whose inputs share a width
     measure: of distortion, a name of `distortion.MEASURES`; "" for what suits the family
     num_images, seed, batch_size: of the full-precision rollouts; the seed is neither calibration's nor evaluation's
+    labels: of the images, in turn; () for each class in turn
     guidance, sampling: settings that replace those of the model's sampler
     """
 
@@ -90,6 +91,7 @@ class CurveSettings:
     num_images: int = 16
     seed: int = 2**21
     batch_size: int = 16
+    labels: tuple[int | str, ...] = ()
     guidance: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
@@ -207,3 +209,17 @@ def tensor_keys(settings: CurveSettings, sites: Iterable[str]) -> list[TensorKey
         if settings.what != "weights":
             keys += [TensorKey(site, "input", group) for group in range(len(settings.step_groups))]
     return keys
+
+
+def plan_of_widths(settings: CurveSettings, widths: Mapping[TensorKey, int]) -> BitPlan:
+    """The plan of these tensors at these widths; others of the same sites, and other sites, stay in 16 bits."""
+
+    def precision(site: str, group: int) -> Precision:
+        return Precision(
+            settings.weight_precision(widths.get(TensorKey(site, "weight"), FULL_BITS)),
+            settings.input_precision(widths.get(TensorKey(site, "input", group), FULL_BITS)),
+        )
+
+    groups = range(len(settings.step_groups))
+    sites = dict.fromkeys(key.site for key in widths)
+    return BitPlan({site: tuple(precision(site, group) for group in groups) for site in sites}, settings.step_groups)

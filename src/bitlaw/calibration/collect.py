@@ -31,6 +31,7 @@ _WORDS = {
     "second_moment_I": "second moments",
     "low_C": "extremes",
     "high_C": "extremes",
+    "ends_S2": "extremes",
     "rows_RI": "sampled rows",
     "histograms_S": "histograms",
 }
@@ -55,6 +56,7 @@ class _Seen:
     histograms: Histograms | None = None
     low_C: Tensor | None = None
     high_C: Tensor | None = None
+    ends_S2: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
     num_sampled: int = 0
     calls: int = 0
@@ -92,6 +94,8 @@ class Collector:
             seen.moments = Moments(width, hessian="hessian_II" in self.needs)
         if "histograms_S" in self.needs:
             seen.histograms = Histograms(len(self.step_groups))
+        if "ends_S2" in self.needs:
+            seen.ends_S2 = torch.tensor([torch.inf, -torch.inf]).repeat(len(self.step_groups), 1)
         return seen
 
     @contextmanager
@@ -126,6 +130,11 @@ class Collector:
             seen.low_C = low_C if seen.low_C is None else seen.low_C.minimum(low_C)
             seen.high_C = high_C if seen.high_C is None else seen.high_C.maximum(high_C)
             ends = float(low_C.min()), float(high_C.max())
+        if seen.ends_S2 is not None:
+            low, high = seen.ends_S2[step_group(self.step_groups, self.model.clock.step)]
+            ends = ends or (float(x.min()), float(x.max()))
+            low.copy_(low.minimum(torch.tensor(ends[0])))  # which passes NaN on, as `min` does not
+            high.copy_(high.maximum(torch.tensor(ends[1])))
         if seen.histograms is not None:
             seen.histograms.add(x, step_group(self.step_groups, self.model.clock.step), ends)
         needs_rows = self._needs_rows and seen.num_sampled < self.settings.sample_rows
@@ -159,6 +168,8 @@ class Collector:
             size += Moments.num_bytes(width, moments.hessian) + 4 * width * (1 + width * moments.hessian)
         if self._needs_ends:
             size += 2 * 4 * (int(layer.in_channels) if isinstance(layer, CONVOLUTIONS) else width)
+        if seen.ends_S2 is not None:
+            size += seen.ends_S2.nbytes
         if self._needs_rows:
             size += 4 * width * self.settings.sample_rows
         return size
@@ -186,6 +197,7 @@ class Collector:
             hessian_II=moments.hessian_II if moments and "hessian_II" in self.needs else None,
             low_C=seen.low_C,
             high_C=seen.high_C,
+            ends_S2=seen.ends_S2,
             rows_RI=torch.cat(seen.rows) if seen.rows else None,
             histograms_S=seen.histograms.counted_S() if seen.histograms else None,
             num_rows=moments.num_rows if moments else 0,

@@ -20,6 +20,7 @@ class InputStats:
     second_moment_I: E[x_I^2]
     hessian_II: E[x x^T], which GPTQ's H = 2 X X^T is proportional to
     low_C, high_C: least and greatest number of each input channel
+    ends_S2: least and greatest number of all channels, for each step group; inf and -inf where nothing entered
     rows_RI: a sample of the rows themselves
     histograms_S: distribution of all numbers, for each step group
     num_rows: how many rows the moments are means of; 0 where they were not collected
@@ -29,6 +30,7 @@ class InputStats:
     hessian_II: Tensor | None = None
     low_C: Tensor | None = None
     high_C: Tensor | None = None
+    ends_S2: Tensor | None = None
     rows_RI: Tensor | None = None
     histograms_S: tuple[Histogram, ...] | None = None
     num_rows: int = 0

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitlaw.cli.allocation import check_size, noted, precision_or_plan, tell_of_plan
 from bitlaw.cli.app import app, out_console, stages
 from bitlaw.cli.options import (
     CalibrationImages,
@@ -17,6 +19,7 @@ from bitlaw.cli.options import (
     Model,
     Option,
     Out,
+    PlanPath,
     PrecisionText,
     ProtectText,
     Sampling,
@@ -45,7 +48,8 @@ if TYPE_CHECKING:
 def quantize(
     model: Model,
     out: Out,
-    precision: PrecisionText = "W4A16",
+    precision: PrecisionText = None,
+    plan: PlanPath = None,
     method: Annotated[
         str,
         typer.Option(
@@ -71,10 +75,12 @@ def quantize(
     What is interrupted goes on where it was when the same command is given again.
     """
     import bitlaw
+    from bitlaw.allocation.plan_file import PlanFile, check_plan_for
     from bitlaw.methods.quantize import as_chain
 
     refuse_existing(out)
-    bitlaw.Precision.parse(precision)
+    options = {"--protect": protect != "first-last", "--step-groups": step_groups != "1"}
+    wanted = precision_or_plan(precision, plan, options)
     as_chain(method)
     calibrated = calibration_of(calibration_images, guidance, sampling, calibration)
     groups = [int(part) for part in step_groups.split(",")] if re.fullmatch(r"\d+(,\d+)*", step_groups) else []
@@ -85,7 +91,7 @@ def quantize(
     with stages() as report:
         small = bitlaw.quantize(
             loaded,
-            precision,
+            check_plan_for(loaded, wanted) if isinstance(wanted, PlanFile) else wanted,
             method=method,
             protect=parse_protect(protect),
             calibration=calibrated,
@@ -93,25 +99,38 @@ def quantize(
             work=work,
             progress=report,
         )
+    if isinstance(wanted, PlanFile) and plan is not None:
+        noted(small, wanted, plan)
     small.save(out)
     shutil.rmtree(work, ignore_errors=True)
     out_console.print(describe(bitlaw.load(out), str(out)))
+    if isinstance(wanted, PlanFile) and (line := check_size(wanted, out)):
+        out_console.print(line, highlight=False)
 
 
 @app.command(
-    epilog="Examples: `bitlaw info var-s-w4a8` · `bitlaw info var_d16.pth` · `bitlaw info vae_ch160v4096z32.pth`"
+    epilog="Examples: `bitlaw info var-s-w4a8` · `bitlaw info var_d16.pth` · `bitlaw info vae_ch160v4096z32.pth` · "
+    "`bitlaw info plan.json`"
 )
 def info(
     path: Model,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     option: Option = None,
 ) -> None:
-    """What a file or checkpoint holds: bits of every layer, both bit counts, provenance."""
+    """What a file, checkpoint or plan holds: bits of every layer, both bit counts, provenance."""
     import bitlaw
+    from bitlaw.allocation.plan_file import read_plan
     from bitlaw.models.autoencoders import AUTOENCODERS, open_autoencoder
     from bitlaw.models.loading import is_checkpoint, load_official, resolve
     from bitlaw.models.official import read_weights
 
+    if path.endswith(".json") and Path(path).is_file():
+        if as_json:
+            read_plan(path)
+            out_console.print(Path(path).read_text(encoding="utf-8"), markup=False, highlight=False)
+        else:
+            tell_of_plan(Path(path))
+        return
     found, _ = resolve(path)
     if is_checkpoint(found):
         text = describe(bitlaw.load(path), path, as_json=as_json)

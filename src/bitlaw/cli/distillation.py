@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitlaw.cli.allocation import check_size, noted, precision_or_plan
 from bitlaw.cli.app import app, out_console, stages
 from bitlaw.cli.checkpoints import describe
 from bitlaw.cli.options import (
@@ -20,6 +21,7 @@ from bitlaw.cli.options import (
     Model,
     Option,
     Out,
+    PlanPath,
     PrecisionText,
     ProtectText,
     Sampling,
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
 def distill(
     model: Model,
     out: Out,
-    precision: PrecisionText = "W4A16",
+    precision: PrecisionText = None,
+    plan: PlanPath = None,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +93,7 @@ def distill(
     What is interrupted goes on where it was when the same command is given again.
     """
     import bitlaw
+    from bitlaw.allocation.plan_file import PlanFile, check_plan_for
     from bitlaw.distill import Distillation, distill_from
     from bitlaw.distill import distill as train
     from bitlaw.models.loading import is_checkpoint
@@ -100,6 +104,9 @@ def distill(
     check_keywords([field.name for field in fields(Distillation)], rest, "training setting")
     begin = Path(start)
     from_checkpoint = begin.is_dir() and is_checkpoint(begin)
+    if from_checkpoint and plan is not None:
+        raise ValueError(f"--start {start} is quantized as it is; leave --plan out, or start from a method")
+    wanted = precision_or_plan(precision, plan, {"--protect": protect != "first-last"})
     given: dict[str, Any] = {
         "start": "rtn" if from_checkpoint else start,
         "batch_size": batch_size,
@@ -122,7 +129,7 @@ def distill(
         else:
             small = train(
                 teacher,
-                precision,
+                check_plan_for(teacher, wanted) if isinstance(wanted, PlanFile) else wanted,
                 chosen,
                 protect=parse_protect(protect),
                 calibration=calibration_of(calibration_images, guidance, sampling, calibration),
@@ -132,9 +139,13 @@ def distill(
                 events=events,
             )
     if is_first:
+        if isinstance(wanted, PlanFile) and plan is not None:
+            noted(small, wanted, plan)
         small.save(out)
         shutil.rmtree(work, ignore_errors=True)
         out_console.print(describe(bitlaw.load(out), str(out)))
+        if isinstance(wanted, PlanFile) and (line := check_size(wanted, out)):
+            out_console.print(line, highlight=False)
 
 
 def _events(folder: Path | None) -> "Events | None":

@@ -32,7 +32,12 @@ Option = Annotated[
     typer.Option("--option", help="What a released file does not tell, name=value; may be repeated: image_size=384."),
 ]
 
-PrecisionText = Annotated[str, typer.Option("--precision", help="W4A16, W4g32A8, We2m1Ae4m3 ...")]
+PrecisionText = Annotated[
+    str | None, typer.Option("--precision", help="W4A16 (default), W4g32A8, We2m1Ae4m3 ...", show_default=False)
+]
+PlanPath = Annotated[
+    Path | None, typer.Option("--plan", help="A plan file (bitlaw allocate) in place of one precision for all layers.")
+]
 ProtectText = Annotated[
     str, typer.Option("--protect", help="Layers that stay in 16 bits: first-last, none, or site names with commas.")
 ]

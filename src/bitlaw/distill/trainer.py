@@ -94,7 +94,8 @@ def check_distillable(
     source_of(teacher, settings)
     plan = check_quantizable(teacher, precision, protect, settings.start, step_groups)
     if all(p.is_full for name in plan for p in plan[name]):
-        raise ValueError(f"precision {precision}: nothing is quantized, so there is nothing to train; give fewer bits")
+        what = "the plan" if isinstance(precision, BitPlan) else f"precision {precision}"
+        raise ValueError(f"{what}: nothing is quantized, so there is nothing to train; give fewer bits")
     _check_step_groups(teacher, plan)
     return plan
 

@@ -1,6 +1,6 @@
-"""Train the VAR and DiT models of the ladder on latents of the ladder's tokenizer.
+"""Train the models of the ladder: VAR and DiT on latents of its tokenizer, DDPM on pixels.
 
-Legend: B images, C latent channels, h = w latent side, L tokens, V vocabulary.
+Legend: B images, C channels and H = W side of pixels or latents (h = w of latents alone), L tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,10 @@ from torch import Tensor
 from bitlaw.files import write_with
 from bitlaw.ladder import data
 from bitlaw.models.autoencoders.multi_scale_vq import VQTokenizer
+from bitlaw.models.ddpm import DDPM, UNetSampling
 from bitlaw.models.dit import DiT, DiTSampling
 from bitlaw.models.networks.dit import DiTConfig, DiTTransformer
+from bitlaw.models.networks.unet import UNet, UNetConfig
 from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.parts.diffusion import Diffusion
 from bitlaw.models.var import VAR, VARSampling
@@ -24,6 +26,7 @@ from bitlaw.training import Recipe, Report, batch_indices, of_loss, step_generat
 POOL_SIZE = 131_072
 LABEL_DROPOUT = 0.1
 SIZES = {"xs": (2, 48, 2), "s": (3, 64, 2), "m": (4, 96, 3), "l": (6, 128, 4)}  # depth, width, heads
+DDPM_SIZES = {"s": (16, 32, 64)}  # widths at 24, 12 and 6 px
 
 # Learning rates were chosen on the s size and checked on l (experiments/LOG.md).
 VAR_RECIPES = {
@@ -38,11 +41,14 @@ DIT_RECIPES = {
     "m": Recipe(steps=7000, lr=8e-3),
     "l": Recipe(steps=8000, lr=6e-3),
 }
+DDPM_RECIPES = {"s": Recipe(steps=10_000, lr=4e-3)}
 
 # `choose_guidance` replaces the guidance; it is the same for all sizes and precisions of a family.
 VAR_SAMPLING = VARSampling(guidance=1.5, top_k=0, top_p=0.0)
 DIT_SAMPLING = DiTSampling(guidance=1.5, num_steps=20, sampler="ddim", guided_channels=None)
 DIT_PROCESS = Diffusion(schedule="squaredcos_cap_v2", prediction="v", variance="fixed_small")
+DDPM_SAMPLING = UNetSampling(num_steps=25, sampler="ddim", clip=True)
+DDPM_PROCESS = Diffusion(variance="fixed_large")  # the paper's linear schedule, which the network gives the noise of
 
 
 class LatentPool:
@@ -90,6 +96,17 @@ def drop_labels(labels_B: Tensor, null: int, generator: torch.Generator) -> Tens
     return torch.where(torch.rand(labels_B.shape, generator=generator) < LABEL_DROPOUT, null, labels_B)
 
 
+def denoising_loss(
+    net: Callable[[Tensor, Tensor], Tensor], process: Diffusion, x0_BCHW: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of what a network of (x_BCHW, t_B) gives, timesteps stratified over the batch."""
+    strata_B = (torch.arange(len(x0_BCHW)) + torch.rand(len(x0_BCHW), generator=generator)) / len(x0_BCHW)
+    t_B = (strata_B * process.num_timesteps).long()
+    noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
+    output_BCHW = net(process.add_noise(x0_BCHW, t_B, noise_BCHW), t_B)
+    return process.losses(output_BCHW, x0_BCHW, t_B, noise_BCHW).mse_B.mean()
+
+
 def train_var(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, report: Report, seed: int = 0) -> VAR:
     """A VAR model: cross entropy of all tokens of all stages in one teacher-forced pass."""
     torch.manual_seed(seed)
@@ -119,7 +136,7 @@ def train_var(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
 
 
 def train_dit(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, report: Report, seed: int = 0) -> DiT:
-    """A DiT model: mean squared error of v on the continuous latents, timesteps stratified over the batch."""
+    """A DiT model: mean squared error of v on the continuous latents."""
     torch.manual_seed(seed)
     depth, width, heads = SIZES[name.split("-")[1]]
     config = DiTConfig(
@@ -139,11 +156,43 @@ def train_dit(name: str, recipe: Recipe, tokenizer: VQTokenizer, work: Path, rep
         generator = step_generator(step, seed)
         latents, labels_B = pool.batch(step, recipe.batch_size, seed)
         labels_B = drop_labels(labels_B, data.NUM_CLASSES, generator)
-        strata_B = (torch.arange(len(labels_B)) + torch.rand(len(labels_B), generator=generator)) / len(labels_B)
-        t_B = (strata_B * DIT_PROCESS.num_timesteps).long()
-        x0, epsilon = latents * scale, torch.randn(latents.shape, generator=generator)
-        output = net(DIT_PROCESS.add_noise(x0, t_B, epsilon), t_B, labels_B)
-        return DIT_PROCESS.losses(output, x0, t_B, epsilon).mse_B.mean()
+        return denoising_loss(lambda x, t_B: net(x, t_B, labels_B), DIT_PROCESS, latents * scale, generator)
 
     net.load_state_dict(train(name, net, recipe, of_loss(loss_at), work, report).weights)
     return DiT(net, tokenizer, DIT_PROCESS, DIT_SAMPLING, latent_scale=scale)
+
+
+def ddpm_config(size: str) -> UNetConfig:
+    """The network of DDPM (Ho et al. 2020) at 24 px: one residual block a level, attention at 6 px."""
+    widths = DDPM_SIZES[size]
+    plain = len(widths) - 1
+    return UNetConfig(
+        {
+            "sample_size": data.IMAGE_SIZE,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": widths,
+            "down_block_types": ("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+            "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "norm_eps": 1e-6,
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "attention_head_dim": None,
+        }
+    )
+
+
+def train_ddpm(name: str, recipe: Recipe, work: Path, report: Report, seed: int = 0) -> DDPM:
+    """A DDPM: mean squared error of the noise in pixels, every image drawn once. It has no classes."""
+    torch.manual_seed(seed)
+    net = UNet(ddpm_config(name.split("-")[1]))
+
+    def loss_at(step: int) -> Tensor:
+        images = data.draw("train", step * recipe.batch_size, recipe.batch_size).images_BCHW
+        return denoising_loss(net, DDPM_PROCESS, data.to_float(images), step_generator(step, seed))
+
+    net.load_state_dict(train(name, net, recipe, of_loss(loss_at), work, report).weights)
+    return DDPM(net, None, DDPM_PROCESS, DDPM_SAMPLING)

@@ -1,7 +1,7 @@
 """`bitlaw ladder train`: rebuild the built-in models from nothing.
 
     features    the feature network of the ladder's metrics          |  side by side
-    tokenizer   the autoencoder of both families                     |
+    tokenizer   the autoencoder of VAR and DiT                       |
     latents     a pool of training images, encoded once              after the tokenizer
     var-*, dit-*                                                     side by side, largest first
     reference   feature statistics of real and reconstructed images  after features and tokenizer
@@ -24,7 +24,16 @@ from bitlaw.engine import LocalEngine
 from bitlaw.files import write_json, write_with
 from bitlaw.ladder import data
 from bitlaw.ladder.feature_training import feature_loss
-from bitlaw.ladder.model_training import DIT_RECIPES, SIZES, VAR_RECIPES, train_dit, train_var, write_latents
+from bitlaw.ladder.model_training import (
+    DDPM_RECIPES,
+    DIT_RECIPES,
+    SIZES,
+    VAR_RECIPES,
+    train_ddpm,
+    train_dit,
+    train_var,
+    write_latents,
+)
 from bitlaw.ladder.tokenizer_training import TokenizerTraining
 from bitlaw.metrics.evaluation import RECONSTRUCTION_PREFIX, cyclic_labels, evaluate, load_reference, mean_loss
 from bitlaw.metrics.features import NUM_FEATURES, LadderFeatureNet, LadderFeatures, extract_features
@@ -128,16 +137,19 @@ def encode_latents(out: Path, work: Path, report: Report) -> None:
 
 
 def train_model(name: str, out: Path, work: Path, report: Report) -> None:
-    """One VAR or DiT, as a checkpoint directory in float16."""
+    """One model, as a checkpoint directory in float16."""
     family, size = name.split("-")
-    tokenizer = load_tokenizer(out)
     model: ImageGenerator[Any]
-    if family == "var":
-        model = train_var(name, VAR_RECIPES[size], tokenizer, work, report)
+    if family == "ddpm":
+        model = train_ddpm(name, DDPM_RECIPES[size], work, report)
     else:
-        model = train_dit(name, DIT_RECIPES[size], tokenizer, work, report)
+        tokenizer = load_tokenizer(out)
+        if family == "var":
+            model = train_var(name, VAR_RECIPES[size], tokenizer, work, report)
+        else:
+            model = train_dit(name, DIT_RECIPES[size], tokenizer, work, report)
+        model.class_names = tuple(data.SHAPES)
     model.storage_dtype = torch.float16
-    model.class_names = tuple(data.SHAPES)
     model.save(out / name)
 
 

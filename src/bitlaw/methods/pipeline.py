@@ -117,8 +117,9 @@ class Pipeline:
         assert format is not None
         rows = []
         for precision, histogram in zip(self.plan[name], stats.histograms_S, strict=True):
-            if precision.is_static and histogram.total:
-                rows.append(static_range(histogram, format, self.settings.ranges, self.settings.percentile))
+            if precision.is_static and precision.activation is not None and histogram.total:
+                own = precision.activation.format  # widths may differ between step groups
+                rows.append(static_range(histogram, own, self.settings.ranges, self.settings.percentile))
             else:  # no range to find: not static here, or not called (a modulation that is computed once, say)
                 rows.append(format.fit(torch.tensor([[-1.0, 1.0]])))
         return {param: torch.cat([row[param] for row in rows]) for param in format.param_names}

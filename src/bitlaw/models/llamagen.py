@@ -231,7 +231,7 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
             )
         return self._encoder.encode(prompts, self.net.config.text_tokens)
 
-    def _rows(self, condition: Tensor | TextCondition, guided: bool) -> tuple[Tensor, Tensor | None]:
+    def rows(self, condition: Tensor | TextCondition, guided: bool) -> tuple[Tensor, Tensor | None]:
         """What the network takes for the rows, unconditional ones last, and the mask of a text."""
         if isinstance(condition, Tensor):
             null_B = torch.full_like(condition, self.num_classes)
@@ -260,7 +260,7 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
         """Guided logits (B, 1, V) of token `step`, before temperature and filters; the cache is the grown memory."""
         batch, w, interval = len(state.condition), self.sampling.guidance, self.sampling.guidance_interval
         if state.memory is None:
-            logits, memory = self.net.begin(*self._rows(state.condition, w > 1))
+            logits, memory = self.net.begin(*self.rows(state.condition, w > 1))
         else:
             guided = w > 1 and not (interval >= 0 and step - 1 > interval)
             rows = 2 * batch if guided else batch
@@ -318,7 +318,7 @@ class LlamaGen(ImageGenerator[LlamaGenState]):
     def predict(self, batch: LlamaGenBatch) -> dict[str, Tensor]:
         """As "logits" (B, N, V). Quantized layers take all positions for the last one."""
         self.clock.step = self.num_steps - 1
-        condition, mask_BT = self._rows(batch.condition, guided=False)
+        condition, mask_BT = self.rows(batch.condition, guided=False)
         return {"logits": self.net(condition, batch.tokens_BN[:, :-1], mask_BT)}
 
     def training_loss(self, batch: LlamaGenBatch, prediction: dict[str, Tensor]) -> Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitlaw.allocation import by_name
 from bitlaw.calibration.settings import Calibration
-from bitlaw.distill import by_name
 from bitlaw.engine import Engine, LocalEngine
 from bitlaw.ladder import data
 from bitlaw.methods.quantize import quantize
@@ -54,7 +54,7 @@ class Study:
     sampling: settings of every model's sampler (`{"recipe": "paper"}`)
     options: what `load` is given beside each name (`{"device": "cuda", "dtype": "bfloat16"}`)
     methods: names with settings, chains (`smoothquant+gptq`), distillations (`distill:topkld,steps=300`), whose seed is
-        the cell's; rtn alone is not calibrated
+        the cell's, mixed precision (`mixed:then=gptq`), of which a precision is the average; rtn is not calibrated
     methods_at: other methods at some precisions (`{"W8A8": ("rtn", "smoothquant")}`)
     calibration: settings of `Calibration` (`{"num_images": 128}`)
     step_groups: how many groups of steps have static activation ranges of their own

@@ -1,0 +1,180 @@
+"""What the name of a method means in a study, mixed precision included: `mixed:then=gptq` beside `gptq` and
+`distill:topkld,steps=300`.
+
+With it a precision, W4A8, is an average: the numbers of all weights that are not protected have 4 bits in the mean, and
+those of all inputs 8.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from bitlaw.allocation.allocate import allocate
+from bitlaw.allocation.curves import NUMBERS, CurveSettings
+from bitlaw.allocation.exact import measure_curves
+from bitlaw.allocation.sketch import sketch_curves
+from bitlaw.calibration.settings import Calibration
+from bitlaw.distill import by_name, distill
+from bitlaw.distill.trainer import ModelT
+from bitlaw.formats import format_name
+from bitlaw.methods.chain import setting_value
+from bitlaw.methods.quantize import Protect, equal_groups, quantize
+from bitlaw.models.generator import ImageGenerator
+from bitlaw.names import unknown_name
+from bitlaw.precision import BitPlan, Precision
+
+PREFIX = "mixed"
+"""What a method begins with whose precision is an average."""
+
+COST_OF_IMAGE = 40
+"""Roughly how many images could be drawn instead of measuring the curves on one, or sketching them."""
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """How widths are found, and what then quantizes with them.
+
+    mode: of the curves, exact or sketch
+    measure: of distortion, "" for what suits the family
+    num_images: that curves are measured on
+    curves: the method whose codes curves are measured with
+    then: a post-training method or a distillation, which carries out the plan
+    """
+
+    mode: Literal["exact", "sketch"] = "exact"
+    measure: str = ""
+    num_images: int = 16
+    curves: str = "rtn"
+    then: str = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("exact", "sketch"):
+            raise ValueError(f"mixed: mode '{self.mode}' must be exact or sketch")
+        by_name.parse(self.then)
+
+
+def parse_mixed(method: str) -> MixedPrecision | None:
+    """The settings of `mixed:mode=sketch,then=gptq`; None for another method. `then` comes last and takes the rest.
+
+    ValueError for a setting that does not exist or a value that it cannot have.
+    """
+    name, _, rest = method.partition(":")
+    if name != PREFIX:
+        return None
+    rest, _, then = rest.partition("then=")
+    given: dict[str, Any] = {"then": then} if then else {}
+    known = {field.name: field.default for field in fields(MixedPrecision)}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"method '{method}': settings are name=value with commas, not '{part}'")
+        if key not in known:
+            raise unknown_name(key, known, "setting of mixed")
+        given[key] = setting_value(value.strip(), known[key], f"mixed:{key}")
+    return MixedPrecision(**given)
+
+
+def parse(method: str) -> None:
+    """Raise ValueError for what is no method."""
+    if parse_mixed(method) is None:
+        by_name.parse(method)
+
+
+def check(
+    model: ImageGenerator[Any], precision: Precision, method: str, protect: Protect = "first-last", step_groups: int = 1
+) -> None:
+    """Raise the ValueError that `apply` would raise before work."""
+    mixed = parse_mixed(method)
+    if mixed is not None:
+        curve_settings(model, precision, mixed, protect, step_groups)
+        method = mixed.then
+    by_name.check(model, precision, method, protect, step_groups)
+
+
+def cost_in_images(model: ImageGenerator[Any], method: str, calibration: Calibration, is_static: bool = False) -> float:
+    """What `apply` costs, as a number of images that the model could draw instead: roughly, for an estimate of time."""
+    mixed = parse_mixed(method)
+    if mixed is None:
+        return by_name.cost_in_images(model, method, calibration, is_static)
+    then = by_name.cost_in_images(model, mixed.then, calibration, is_static)
+    return then + COST_OF_IMAGE * mixed.num_images
+
+
+def apply(
+    model: ModelT,
+    precision: Precision,
+    method: str,
+    protect: Protect = "first-last",
+    *,
+    calibration: Calibration | None = None,
+    step_groups: int = 1,
+    seed: int = 0,
+) -> ModelT:
+    """A quantized copy of a model. `seed` is that of a training; nothing else has one."""
+    mixed = parse_mixed(method)
+    if mixed is None:
+        return by_name.apply(
+            model, precision, method, protect, calibration=calibration, step_groups=step_groups, seed=seed
+        )
+    plan = plan_of_average(model, precision, mixed, protect, step_groups)
+    settings = by_name.parse(mixed.then)
+    if settings is None:
+        return quantize(model, plan, mixed.then, calibration=calibration)
+    return distill(model, plan, replace(settings, seed=settings.seed + seed), calibration=calibration)
+
+
+def curve_settings(
+    model: ImageGenerator[Any], precision: Precision, mixed: MixedPrecision, protect: Protect, step_groups: int
+) -> CurveSettings:
+    """What has to be measured for an average precision. ValueError for one that curves do not describe."""
+    if precision.attention is not None:
+        raise ValueError(f"precision {precision}: mixed precision is of weights and inputs; leave KV out")
+    for tensor in (precision.weight, precision.activation):
+        if tensor is not None and tensor.group_size == "tensor":
+            raise ValueError(f"precision {precision}: mixed precision has no t; leave it out, or use c for inputs")
+    what = {(True, True): "both", (True, False): "weights", (False, True): "inputs"}
+    numbers = "int"
+    if precision.weight is not None:
+        numbers = _numbers_of(format_name(precision.weight.format))
+    return CurveSettings(
+        numbers=numbers,
+        widths=tuple(bits for bits in range(11) if bits == 0 or _has(numbers, bits)),
+        group_size=precision.weight.group_size if precision.weight else None,
+        static_inputs=precision.is_static,
+        what=what[precision.weight is not None, precision.activation is not None],  # type: ignore[arg-type]
+        method=mixed.curves,
+        protect=(protect,) if isinstance(protect, str) else tuple(protect),
+        step_groups=equal_groups(step_groups, model.num_steps),
+        measure=mixed.measure,
+        num_images=mixed.num_images,
+    )
+
+
+def _numbers_of(name: str) -> str:
+    if name.startswith("int"):
+        return "symmetric" if name.endswith("s") else "int"
+    return "codebook" if name.startswith("v") else "float"
+
+
+def _has(numbers: str, bits: int) -> bool:
+    try:
+        NUMBERS[numbers](bits)
+    except ValueError:
+        return False
+    return True
+
+
+def plan_of_average(
+    model: ImageGenerator[Any], precision: Precision, mixed: MixedPrecision, protect: Protect, step_groups: int
+) -> BitPlan:
+    """The plan of least distortion whose weights and inputs have these many bits in the mean, or fewer.
+
+    Inputs are counted as paper 004 does, see `allocate.BUDGETS`.
+    """
+    settings = curve_settings(model, precision, mixed, protect, step_groups)
+    curves = (measure_curves if mixed.mode == "exact" else sketch_curves)(model, settings)
+    budgets = {}
+    if precision.weight is not None:
+        budgets["bits_per_weight"] = precision.weight_bits
+    if precision.activation is not None:
+        budgets["bits_per_activation"] = precision.activation_bits
+    return allocate(model, curves, budgets).plan
