@@ -116,12 +116,22 @@ def test_an_image_does_not_depend_on_its_batch(name, models):
             assert together == pytest.approx(alone, rel=1e-2, abs=1e-12), key
 
 
-@pytest.mark.parametrize("name", ALL_STEPS.values())
-def test_a_pass_over_all_steps_gives_the_outputs_of_the_rollout(name, models):
-    model = next(m for m in models.values() if ALL_STEPS.get(type(m)) is name)
-    paths = Paths(model, settings_for(model))
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("var", {}),
+        ("var", {"guidance": 1.0}),
+        ("var", {"sampling": {"more_smooth": True}}),
+        ("llamagen", {}),
+        ("llamagen", {"guidance": 1.0}),
+        ("llamagen", {"sampling": {"guidance_interval": 5}}),
+    ],
+)
+def test_a_pass_over_all_steps_gives_the_outputs_of_the_rollout(name, given, models):
+    model = models[name]
+    paths = Paths(model, settings_for(model, **given))
     (batch,) = paths.batches
-    (graph,) = name(paths, batch)
+    (graph,) = ALL_STEPS[type(model)](paths, batch)
     for step, output in zip(batch.steps, graph.run(), strict=True):
         torch.testing.assert_close(output, step.output, rtol=1e-4, atol=1e-4)
 

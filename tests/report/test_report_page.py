@@ -21,7 +21,7 @@ def opened(browser: Browser, report: Path, **context: Any) -> Iterator[Page]:
     page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: problems.append(request.url) if is_remote(request.url) else None)
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)  # of a machine that does other work as well
     page.goto(report.as_uri())
     page.wait_for_selector("#plots .points path")
     yield page

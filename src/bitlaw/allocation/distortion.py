@@ -31,21 +31,35 @@ K1, K2 = 0.01, 0.03
 """Of the constants that stabilise SSIM, in ranges of the full-precision output."""
 
 
+Comparison = Callable[[Tensor], Tensor]
+"""From an output, (B, ...) float64, to its distortion, (B,)."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A distortion of outputs: called with the full-precision output and another, (B, ...) each, gives (B,), float64.
 
     of: what it is defined for: "numbers" (anything), "images" (B, C, H, W) or "logits" (B, N, V)
+    with_exact: the comparison with a full-precision output, float64; what depends on that alone is computed once
     """
 
     of: Literal["numbers", "images", "logits"]
-    compare: Callable[[Tensor, Tensor], Tensor]
+    with_exact: Callable[[Tensor], Comparison]
 
     def __call__(self, exact: Tensor, other: Tensor) -> Tensor:
         """(B,), float64; 0 for equal outputs, and never less but for rounding."""
-        if exact.shape != other.shape:
-            raise ValueError(f"outputs of shapes {tuple(exact.shape)} and {tuple(other.shape)} cannot be compared")
-        return self.compare(exact.double(), other.double())
+        return self.to(exact)(other)
+
+    def to(self, exact: Tensor) -> Comparison:
+        """Its comparison of outputs with a full-precision one."""
+        compare = self.with_exact(exact.double())
+
+        def distortion(other: Tensor) -> Tensor:
+            if other.shape != exact.shape:
+                raise ValueError(f"outputs of shapes {tuple(exact.shape)} and {tuple(other.shape)} cannot be compared")
+            return compare(other.double())
+
+        return distortion
 
     def suits(self, model: ImageGenerator[Any]) -> bool:
         """Whether a model's outputs are what it is defined for."""
@@ -59,15 +73,15 @@ def kinds_of_output(model: ImageGenerator[Any]) -> tuple[str, ...]:
     return ("numbers", "images") if isinstance(model, Denoiser) else ("numbers",)
 
 
-def relative_mse(exact: Tensor, other: Tensor) -> Tensor:
+def relative_mse(exact: Tensor) -> Comparison:
     """|O - O^|^2 / |O|^2 of each image, (B,). ValueError for an O of zeros."""
     square_B = exact.square().flatten(1).mean(1)
     if not square_B.all():
         raise ValueError("a full-precision output is all zeros, so that errors have nothing to be compared with")
-    return (exact - other).square().flatten(1).mean(1) / square_B
+    return lambda other: (exact - other).square().flatten(1).mean(1) / square_B
 
 
-def ssim(exact_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
+def ssim(exact_BCHW: Tensor) -> Comparison:
     """Structural similarity of each image, (B,): mean over channels and over all windows inside of the image.
 
     Windows are uniform; their variances are those of the window itself (by N, not N - 1). The dynamic range is
@@ -78,13 +92,20 @@ def ssim(exact_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, side, stride=1)
 
-    mean_a, mean_b = mean(exact_BCHW), mean(other_BCHW)
-    variance_a = mean(exact_BCHW.square()) - mean_a.square()
-    variance_b = mean(other_BCHW.square()) - mean_b.square()
-    covariance = mean(exact_BCHW * other_BCHW) - mean_a * mean_b
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
-    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return (luminance * structure).flatten(1).mean(1)
+    mean_a = mean(exact_BCHW)
+    square_a = mean_a.square()
+    variance_a = mean(exact_BCHW.square()) - square_a
+
+    def compare(other_BCHW: Tensor) -> Tensor:
+        mean_b = mean(other_BCHW)
+        square_b, product = mean_b.square(), mean_a * mean_b
+        variance_b = mean(other_BCHW.square()) - square_b
+        covariance = mean(exact_BCHW * other_BCHW) - product
+        luminance = (2 * product + c1) / (square_a + square_b + c1)
+        structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+        return (luminance * structure).flatten(1).mean(1)
+
+    return compare
 
 
 def ssim_constants(exact_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -94,20 +115,23 @@ def ssim_constants(exact_BCHW: Tensor) -> tuple[Tensor, Tensor, int]:
     return (K1 * range_B111) ** 2, (K2 * range_B111) ** 2, min(SSIM_WINDOW, *exact_BCHW.shape[2:])
 
 
-def mse_and_ssim(exact: Tensor, other: Tensor) -> Tensor:
+def mse_and_ssim(exact: Tensor) -> Comparison:
     """Relative MSE + (1 - SSIM) of each image, (B,)."""
-    return relative_mse(exact, other) + (1 - ssim(exact, other))
+    mse, similarity = relative_mse(exact), ssim(exact)
+    return lambda other: mse(other) + (1 - similarity(other))
 
 
-def forward_kl(exact_BNV: Tensor, other_BNV: Tensor) -> Tensor:
+def forward_kl(exact_BNV: Tensor) -> Comparison:
     """KL(P || P^) of what tokens are drawn from, before temperature and filters, in nats; mean over tokens, (B,)."""
-    log_p, log_q = exact_BNV.log_softmax(-1), other_BNV.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).flatten(1).mean(1)
+    log_p = exact_BNV.log_softmax(-1)
+    p = log_p.exp()
+    return lambda other_BNV: (p * (log_p - other_BNV.log_softmax(-1))).sum(-1).flatten(1).mean(1)
 
 
-def mse_of_probabilities(exact_BNV: Tensor, other_BNV: Tensor) -> Tensor:
+def mse_of_probabilities(exact_BNV: Tensor) -> Comparison:
     """Relative MSE of softmax probabilities, (B,)."""
-    return relative_mse(exact_BNV.softmax(-1), other_BNV.softmax(-1))
+    compare = relative_mse(exact_BNV.softmax(-1))
+    return lambda other_BNV: compare(other_BNV.softmax(-1))
 
 
 MEASURES: dict[str, Measure] = {

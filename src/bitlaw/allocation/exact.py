@@ -17,13 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bitlaw.allocation.choices import Choices
 from bitlaw.allocation.curves import CurveSettings, RateDistortion, TensorKey, tensor_keys
+from bitlaw.allocation.distortion import Comparison
 from bitlaw.allocation.kept import kept_curves
 from bitlaw.allocation.paths import Paths, PathStep, curve_sites, model_fingerprint
 from bitlaw.allocation.tape import Tape
@@ -107,6 +108,14 @@ class _Point:
     compute: Callable[[], Callable[..., Any]]
 
 
+class _Recorded(NamedTuple):
+    """A step of a chain, what full-precision steps before have left for it, and how its outputs are compared."""
+
+    step: PathStep
+    cache: Any
+    distortion: Comparison
+
+
 class _Measuring:
     """One measurement.
 
@@ -170,9 +179,9 @@ class _Measuring:
                 chains = [batch.steps] if paths.has_cache else [(step,) for step in batch.steps]
                 rows = torch.zeros(len(points), paths.num_steps, len(batch.noise), dtype=torch.float64)
                 for chain in chains:
-                    caches = self._record(tape, chain)
+                    recorded = [*self._record(tape, chain)]
                     for index, point in enumerate(points):
-                        self._run(tape, chain, caches, point, rows[index])
+                        self._run(tape, recorded, point, rows[index])
                         if chain is chains[-1]:
                             self._tell()
                     tape.steps.clear()
@@ -180,28 +189,27 @@ class _Measuring:
         means = torch.cat(parts, 2).mean(2)
         return _by_tensor(points, means)
 
-    def _record(self, tape: Tape, chain: Sequence[PathStep]) -> list[Any]:
-        """Record steps in full precision; what the steps before each have left."""
-        caches: list[Any] = [None]
+    def _record(self, tape: Tape, chain: Sequence[PathStep]) -> Iterator[_Recorded]:
+        """Record steps in full precision."""
+        cache = None
         for step in chain:
+            yield _Recorded(step, cache, self.paths.comparison(step))
             with tape.recording(step.index):
-                caches.append(self.paths.run(self.model, step, caches[-1]).cache)
-        return caches
+                cache = self.paths.run(self.model, step, cache).cache
 
-    def _run(self, tape: Tape, chain: Sequence[PathStep], caches: list[Any], point: _Point, out_SB: Tensor) -> None:
+    def _run(self, tape: Tape, chain: Sequence[_Recorded], point: _Point, out_SB: Tensor) -> None:
         """Distortions of a point in the steps of a chain."""
         site, compute = point.tensor.site, point.compute()
-        cache = None
-        is_felt = False
-        for step, exact_cache in zip(chain, caches[:-1], strict=True):
+        cache, is_felt = None, False
+        for step, exact_cache, distortion in chain:
             if not is_felt:
                 if not self._changes(point.tensor, step.index) or not tape.calls_in(step.index, site):
                     continue
-                is_felt, cache = True, exact_cache
+                cache, is_felt = exact_cache, True
             with tape.replaying(step.index, site, compute):
                 output, cache = self.paths.run(self.model, step, cache)
             try:
-                out_SB[step.index] = self.paths.compare(step, output)
+                out_SB[step.index] = distortion(output)
             except ValueError as error:
                 raise ValueError(f"{point.tensor} at {point.width} bits: {error}") from error
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitlaw.allocation.curves import CurveSettings
-from bitlaw.allocation.distortion import measure_for
+from bitlaw.allocation.distortion import Comparison, measure_for
 from bitlaw.calibration.cache import fingerprint_of
 from bitlaw.calibration.collect import Progress, as_calibrated, batches
 from bitlaw.calibration.replay import map_leaves
@@ -126,7 +126,7 @@ class Paths:
             cache, rows = None, []
             for step in batch.steps:
                 output, cache = self.run(twin, step, cache)
-                rows.append(self.compare(step, output))
+                rows.append(self.comparison(step)(output))
             parts.append(torch.stack(rows))
         return torch.cat(parts, 1)
 
@@ -138,12 +138,17 @@ class Paths:
         """
         return self.distortion_of_images(twin).mean(1)
 
-    def compare(self, step: PathStep, output: Tensor) -> Tensor:
-        """(B,), float64: distortion of an output in a step. ValueError if it is not finite."""
-        distortion_B = self.measure(step.output, output)
-        if not distortion_B.isfinite().all():
-            raise ValueError(f"step {step.index}: the quantized model's output is NaN or Inf, or beyond float64")
-        return distortion_B
+    def comparison(self, step: PathStep) -> Comparison:
+        """The distortion of outputs in a step, (B,) float64. It raises ValueError for one that is not finite."""
+        compare = self.measure.to(step.output)
+
+        def distortion(output: Tensor) -> Tensor:
+            distortion_B = compare(output)
+            if not distortion_B.isfinite().all():
+                raise ValueError(f"step {step.index}: the quantized model's output is NaN or Inf, or beyond float64")
+            return distortion_B
+
+        return distortion
 
 
 def images_of(settings: CurveSettings) -> Calibration:

@@ -324,7 +324,7 @@ def describe_plan(file: "PlanFile", name: str) -> str:
     of = f" for {provenance.get('model') or 'a model'} ({provenance['family']})" if "family" in provenance else ""
     lines = [f"{name}: a plan of {len(plan.sites)} layers{of}{groups}"]
     if described:
-        lines += ["", "bits of weights / inputs, mean over layers and steps", _bits_table(plan, described)]
+        lines += ["", "bits of weights / inputs, mean over layers and step groups", _bits_table(plan, described)]
     else:
         lines += ["", text_table(["layer", "precision"], [[site, " ".join(map(str, plan[site]))] for site in plan])]
     if "preset" in provenance:
@@ -378,23 +378,24 @@ def _budget_table(provenance: Mapping[str, Any], costs: Mapping[str, float]) -> 
 
 
 def _distortion_lines(provenance: Mapping[str, Any]) -> list[str]:
-    predicted, bound = provenance["predicted_distortion"], provenance["lower_bound"]
     exact, by_slope = provenance["exact_distortion"], provenance["lagrangian_distortion"]
-    curves = provenance["curves"]
+    found, curves = exact if provenance["method"] == "exact" else by_slope, provenance["curves"]
     lines = [
-        f"predicted distortion  {predicted:.5g} by {provenance['method']}, at most {_above(predicted, bound)} above "
-        f"the optimum; curves: {curves['mode']}, {curves['settings']['num_images']} images"
+        f"predicted distortion  {found:.5g} by {provenance['method']}, at most "
+        f"{_above(found, provenance['lower_bound'])} above the optimum; curves: {curves['mode']}, "
+        f"{curves['settings']['num_images']} images"
     ]
     if by_slope is None:
         lines.append("lagrangian            not for budgets that share tensors")
     else:
         lines.append(f"lagrangian            {by_slope:.5g}, {_above(by_slope, exact)} above exact")
     if swaps := provenance.get("swaps"):
-        lines += [
-            f"measured distortion   {swaps['start']:.5g} -> {swaps['end']:.5g} by {swaps['num_kept']} of "
+        is_kept = swaps["held_out_end"] < swaps["held_out_start"]
+        lines.append(
+            f"measured distortion   {swaps['start']:.5g} -> {swaps['end']:.5g} by {swaps['num_better']} of "
             f"{swaps['num_measured']} swaps; on images they have not seen {swaps['held_out_start']:.5g} -> "
-            f"{swaps['held_out_end']:.5g}"
-        ]
+            f"{swaps['held_out_end']:.5g}{'' if is_kept else ', so that the plan is the one without swaps'}"
+        )
     return lines
 
 
