@@ -1,4 +1,5 @@
 import itertools
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,19 +12,24 @@ from bitlaw.allocation.constraints import Constraints
 from bitlaw.allocation.curves import CurveSettings, TensorKey
 from bitlaw.allocation.paths import Paths
 from bitlaw.allocation.swaps import held_out_settings, measure_on, refine
+from bitlaw.methods.quantize import quantize
 from tiny_models import tiny_dit, tiny_var
 
 MODEL = tiny_var()
 
 
-def with_interaction(problem: Problem, weight: float):
-    """A distortion that is that of the curves and, beside it, what pairs of neighbours in few bits do together."""
+def with_interaction(problem: Problem, weight: float, noise: float = 0.0):
+    """A distortion that is that of the curves and, beside it, what pairs of neighbours in few bits do together.
+
+    noise: what is measured wrong for a plan, about
+    """
     keys = problem.keys
 
     def measure(plan) -> float:
         bits = {key: bits_of(plan, key) for key in keys}
         pairs = sum(4.0 ** -(bits[a] + bits[b]) for a, b in itertools.pairwise(keys))
-        return problem.distortion(bits) + weight * pairs
+        wrong = random.Random(str(list(bits.values()))).gauss(0, noise)
+        return problem.distortion(bits) + weight * pairs + wrong
 
     return measure
 
@@ -52,10 +58,14 @@ def test_swaps_keep_budgets_and_only_what_is_measured_better(seed: int, budget: 
     plan = found.allocated.plan
     assert all(found.allocated.costs[name] <= most for name, most in start.budgets.items())
     assert len(measured) == 1 + found.num_measured <= 16
-    assert found.start == measured[0] and found.end == min(measured) == interacting(plan)
-    assert (found.held_out_start, found.held_out_end) == (held_out(start.plan), held_out(plan))
+    assert found.start == measured[0] and found.end == min(measured)
     assert {key: bits_of(plan, key) for key in problem.keys} == found.allocated.bits
-    assert found.num_kept or plan == start.plan
+    assert found.held_out_start == held_out(start.plan)
+    if found.is_kept:
+        assert found.end == interacting(plan) < found.start
+        assert found.held_out_end == held_out(plan) < found.held_out_start
+    else:
+        assert plan == start.plan
 
 
 def test_swaps_find_what_the_sum_does_not_know() -> None:
@@ -71,12 +81,25 @@ def test_swaps_find_what_the_sum_does_not_know() -> None:
         allowed = []
         for widths in itertools.product(*(curve.widths for curve in problem.variables)):
             bits = dict(zip(problem.keys, widths, strict=True))
-            if problem.costs(bits)["weight_bits"] <= start.budgets["weight_bits"]:
+            taken = sum(problem.counts[key]["weight_bits"] * width for key, width in bits.items())
+            if taken <= start.budgets["weight_bits"]:
                 allowed.append(measure(problem.plan(bits)))
         best = min(allowed)
         assert best <= found.end <= found.start
         gained.append((found.start - found.end, found.start - best))
     assert sum(gain for gain, _ in gained) >= 0.8 * sum(possible for _, possible in gained) > 0
+
+
+def test_luck_with_images_is_not_kept() -> None:
+    """The start is the best there is; noise makes other plans seem better, which other images do not confirm."""
+    problem = Problem(MODEL, made_curves(MODEL, what="weights"), Constraints((2, 4, 8)))
+    start = problem.allocate({"bits_per_weight": 4})
+    exact = with_interaction(problem, 0.0)
+    noisy = with_interaction(problem, 0.0, noise=exact(start.plan))
+    found = refine(problem, start, noisy, exact, num_swaps=30)
+    assert found.num_better > 0 and found.end < found.start
+    assert found.held_out_end >= found.held_out_start and not found.is_kept
+    assert found.allocated == start
 
 
 def test_tied_tensors_stay_tied() -> None:
@@ -100,8 +123,11 @@ def test_swaps_on_the_paths_of_a_model_are_judged_on_other_images_than_they_are_
     measure, unseen = measure_on(paths, model, "rtn"), measure_on(others, model, "rtn")
     told = []
     found = refine(problem, start, measure, unseen, num_swaps=6, progress=lambda *step: told.append(step))
-    assert found.end <= found.start == measure(start.plan) != found.held_out_start == unseen(start.plan)
-    assert found.end == measure(found.allocated.plan) and found.held_out_end == unseen(found.allocated.plan)
+    assert found.end <= found.start == measure(start.plan)
+    assert found.start != found.held_out_start == unseen(start.plan)
+    assert found.held_out_end == unseen(found.allocated.plan) or not found.is_kept
+    whole = Paths(model, held_out).distortion(quantize(model, start.plan)).mean()
+    assert found.held_out_start == pytest.approx(float(whole), rel=1e-12)  # sums in another order
     assert told[-1] == ("measuring swaps", 6, 6) and found.num_measured == 6
     with pytest.raises(ValueError, match="num_swaps 0"):
         refine(problem, start, measure, unseen, num_swaps=0)

@@ -2,11 +2,12 @@
 
 One tensor gets more bits, others fewer, so that every budget is kept; the model is quantized so and its distortion
 measured on the paths of the full-precision model. What is measured better is kept. Swaps are tried in the order of what
-the curves predict, each second one drawn at random, the likelier the better it is predicted: near an optimum of the
-sum all swaps are predicted to lose, by about as little as the sum is wrong.
+the curves predict, each second one drawn at random, the likelier the better it is predicted: near an optimum of the sum
+all swaps are predicted to lose, by about as little as the sum is wrong.
 
-What is kept because it measured best on some images is partly luck with them. So start and end are measured once more
-on images of another seed, that no swap has seen.
+What is best of many on some images is partly luck with them. So start and end are measured once more on images of
+another seed, that no swap has seen, and if the end is no better there the start stays. (To keep only swaps that are
+better by one or two standard errors of the images' differences gained less on these other images, too.)
 """
 
 import math
@@ -39,9 +40,9 @@ class Refined:
     """What swaps have made of an allocation.
 
     allocated: the plan, with what it costs; predicted figures are the curves'
-    start, end: measured distortions on the images that swaps are judged by
-    held_out_start, held_out_end: on other images
-    num_measured, num_kept: swaps that were tried, and kept
+    start, end: measured distortions on the images that swaps are judged by, mean over them
+    held_out_start, held_out_end: on other images; if the end is no better on these, the plan is that of the start
+    num_measured, num_better: swaps that were tried, and found better
     """
 
     allocated: Allocated
@@ -50,13 +51,18 @@ class Refined:
     held_out_start: float
     held_out_end: float
     num_measured: int
-    num_kept: int
+    num_better: int
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the plan is that of the end."""
+        return self.held_out_end < self.held_out_start
 
     def to_json(self) -> dict[str, float]:
         """The figures."""
         return {
             "num_measured": self.num_measured,
-            "num_kept": self.num_kept,
+            "num_better": self.num_better,
             "start": self.start,
             "end": self.end,
             "held_out_start": self.held_out_start,
@@ -94,7 +100,7 @@ def refine(
     bits = dict(start.bits)
     first = best = measure(start.plan)
     seen = {_signature(bits)}
-    num_measured = num_kept = 0
+    num_measured = num_better = 0
     candidates = _candidates(problem, bits, start.budgets)
     while candidates and num_measured < num_swaps:
         index = 0
@@ -108,7 +114,7 @@ def refine(
         distortion = measure(problem.plan(swapped))
         num_measured += 1
         if distortion < best:
-            best, bits, num_kept = distortion, swapped, num_kept + 1
+            best, bits, num_better = distortion, swapped, num_better + 1
             candidates = _candidates(problem, bits, start.budgets)
         if progress is not None:
             progress("measuring swaps", num_measured, num_swaps)
@@ -116,8 +122,8 @@ def refine(
         start, plan=problem.plan(bits), bits=bits, distortion=problem.distortion(bits), costs=problem.costs(bits)
     )
     before = held_out(start.plan)
-    after = held_out(end.plan) if num_kept else before
-    return Refined(end, first, best, before, after, num_measured, num_kept)
+    after = held_out(end.plan) if num_better else before
+    return Refined(end if after < before else start, first, best, before, after, num_measured, num_better)
 
 
 def _signature(bits: Mapping[TensorKey, int]) -> tuple[int, ...]:
@@ -245,7 +251,7 @@ def _swap(steps: Sequence[_Step]) -> _Swap:
 def measure_on(
     paths: Paths, model: ImageGenerator[Any], method: str, calibration: Calibration | None = None
 ) -> Measure:
-    """The measured distortion of a model quantized by a plan and a method, mean over the paths' images and steps."""
+    """The measured distortion of a model quantized by a plan and a method, on the images of paths."""
     return lambda plan: float(paths.distortion(quantize(model, plan, method, calibration=calibration)).mean())
 
 

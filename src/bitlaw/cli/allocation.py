@@ -256,9 +256,8 @@ def _step_groups(
     from bitlaw.methods.quantize import equal_groups
 
     if found := re.fullmatch(r"dp:(\d+)", text):
-        return choose_step_groups(
-            model, int(found[1]), progress=report, guidance=chosen.guidance, sampling=chosen.sampling
-        )
+        images: dict[str, Any] = {name: getattr(chosen, name) for name in ("labels", "guidance", "sampling")}
+        return choose_step_groups(model, int(found[1]), protect=chosen.protect, progress=report, **images)
     numbers = _whole_numbers("--step-groups", text)
     if "," in text:
         return numbers
