@@ -194,7 +194,7 @@ class _Measuring:
         cache = None
         for step in chain:
             yield _Recorded(step, cache, self.paths.comparison(step))
-            with tape.recording(step.index):
+            with tape.recording(step.index, may_stop=not self.paths.has_cache):
                 cache = self.paths.run(self.model, step, cache).cache
 
     def _run(self, tape: Tape, chain: Sequence[_Recorded], point: _Point, out_SB: Tensor) -> None:

@@ -285,17 +285,22 @@ class _Projector:
         return [(group, slice(start, start + groups.count(group))) for group, start in first.items()]
 
     def _of_input(self, key: TensorKey, layer: nn.Module, call: _Call, positions: slice | None) -> Tensor:
-        x, *grads = (t if positions is None else t[:, :, positions] for t in (call.x, *call.grads_x))
-        grads_BDP = torch.stack([grad.float().transpose(0, 1).flatten(1) for grad in grads], 1)
+        """Gradients times errors. One product for all widths is several times as fast as one for each."""
+        widths = self.settings.widths
         range_of = (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear).range_of
+        whole = [t if positions is None else t[:, :, positions] for t in (call.x, *call.grads_x)]
+        size = max(1, _NUMBERS_AT_ONCE * whole[0].shape[1] // (len(widths) * whole[0].numel()))
         parts = []
-        for bits in self.settings.widths:
-            precision = self.settings.input_precision(bits)
-            assert precision is not None
-            rounded = ActivationSpec.of(precision, range_of).fake(x, self._range(key, bits) or None)
-            error_BP = (rounded.float() - x.float()).transpose(0, 1).flatten(1)
-            parts.append(grads_BDP @ error_BP[..., None])
-        return torch.cat(parts, 2).transpose(0, 1)
+        for x, *grads in zip(*(t.split(size, 1) for t in whole), strict=True):
+            errors_BWP = x.new_empty(x.shape[1], len(widths), x[:, 0].numel(), dtype=torch.float32)
+            for index, bits in enumerate(widths):
+                precision = self.settings.input_precision(bits)
+                assert precision is not None
+                rounded = ActivationSpec.of(precision, range_of).fake(x, self._range(key, bits) or None)
+                errors_BWP[:, index] = (rounded.float() - x.float()).transpose(0, 1).flatten(1)
+            grads_BDP = torch.stack([grad.float().transpose(0, 1).flatten(1) for grad in grads], 1)
+            parts.append(grads_BDP @ errors_BWP.mT)
+        return torch.cat(parts).transpose(0, 1)
 
     def _of_weight(self, site: str, layer: nn.Module, call: _Call) -> Tensor:
         """All products of gradients and inputs of an image, and what they have in common with the errors."""

@@ -5,13 +5,16 @@ else, every module that was over before the target began gives what it gave then
 and layers before the target in its own block. What comes after it runs. So the output is, bit for bit, that of a full
 run.
 
+A module that ends with the target, as attention does with its projection, begins there: the target gets the input that
+was recorded, and attention itself is not computed.
+
 A target of a block may be called before it, even in another step (a modulation of VAR, computed with the first stage).
 It is felt in its block at the earliest: what a block needs beside its first input depends on no other block
 (`ImageGenerator.blocks`). Of one in no block, nothing is known in a step that does not call it: everything runs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +23,41 @@ from torch import Tensor, nn
 from bitlaw.calibration.replay import map_leaves
 
 
+class _Kept:
+    """What a module got or gave, by reference; it must stay as it was then."""
+
+    def __init__(self, value: Any):
+        self._value, self._versions = value, _versions(value)
+
+    def get(self, name: str) -> Any:
+        """It, of the module `name`."""
+        assert self._versions == _versions(self._value), f"{name}: its input or output has been written to"
+        return self._value
+
+    def is_same(self, other: "_Kept | None") -> bool:
+        """Whether it is the very object that another one keeps."""
+        return other is not None and self._value is other._value
+
+
 @dataclass
 class _Call:
     """A call of a module.
 
     end: how many calls of the step had begun when it was over
     output: what it gave; None once no target begins after it
-    versions: how often its tensors had been written to
+    last: index of the call of a target inside of it whose output is its own; None if there is none
+    inputs: of a target
     """
 
     name: str
     end: int = 0
-    output: Any = None
-    versions: tuple[int, ...] = ()
+    output: _Kept | None = None
+    last: int | None = None
+    inputs: _Kept | None = None
+
+
+class _Stop(Exception):
+    """All targets have been called; nothing that follows is needed."""
 
 
 class Tape:
@@ -45,10 +70,13 @@ class Tape:
 
     def __init__(self, net: nn.Module, names: Iterable[str], blocks: Iterable[str], targets: Mapping[str, str | None]):
         self.net, self.targets = net, targets
-        self._closed = set(blocks) - set(targets.values())
+        self._blocks = {block for block in targets.values() if block is not None}
+        self._ends = {*targets, *self._blocks}
+        self._closed = set(blocks) - self._blocks
         self.names = list(dict.fromkeys([*names, *blocks, *targets]))
         self.steps: dict[int, list[_Call]] = {}
         self._recording: list[_Call] | None = None
+        self._may_stop = False
         self._calls: list[_Call] = []
         self._begin: int | None = None  # the call from which on everything runs; None once it has begun
         self._next = 0
@@ -68,17 +96,26 @@ class Tape:
                 module.__dict__.pop("forward", None)
 
     @contextmanager
-    def recording(self, step: int) -> Iterator[None]:
-        """The step that runs inside is recorded under this number."""
-        self._recording, self._begin = [], None
+    def recording(self, step: int, may_stop: bool = False) -> Iterator[None]:
+        """The step that runs inside is recorded under this number.
+
+        may_stop: whether it may end, without a result, when the blocks of all targets are over
+        """
+        self._recording, self._begin, self._may_stop = [], None, may_stop
+        calls = self._recording
         try:
-            yield
-            calls, self._recording = self._recording, None
+            with suppress(_Stop):
+                yield
             begins = [begin for target in self.targets if (begin := self._first_of(calls, target)) is not None]
             latest = max(begins, default=0)
-            for call in calls:
+            lasts = {call.last for call in calls}
+            for index, call in enumerate(calls):
+                if not call.end:  # stopped inside of it
+                    call.end = len(calls)
                 if call.end > latest:
                     call.output = None
+                if index not in lasts:
+                    call.inputs = None
             self.steps[step] = calls[: latest + 1]
         finally:
             self._recording = None
@@ -108,38 +145,52 @@ class Tape:
 
     def _forward(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if (calls := self._recording) is not None:
-                call = _Call(name)
-                calls.append(call)
-                self._recording = None if name in self._closed else calls
-                call.output = run(*args, **kwargs)
-                self._recording = calls
-                call.end, call.versions = len(calls), _versions(call.output)
-                return call.output
-            if self._begin is not None and (before := self._recorded(name)) is not None:
-                return before.output
+            if self._recording is not None:
+                return self._record(name, run, args, kwargs)
+            if self._begin is not None and (known := self._known(name)) is not None:
+                return known
             if self._compute is not None and name == self._target:
                 return self._compute(*args, **kwargs)
             return run(*args, **kwargs)
 
         return forward
 
-    def _recorded(self, name: str) -> _Call | None:
-        """The call of a module that comes next, if it was over before that from which on everything runs."""
+    def _record(self, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls = self._recording
+        assert calls is not None
+        call = _Call(name, inputs=_Kept((args, kwargs)) if name in self.targets else None)
+        calls.append(call)
+        first = len(calls)
+        self._recording = None if name in self._closed else calls
+        out = run(*args, **kwargs)
+        self._recording = calls
+        call.end, call.output = len(calls), _Kept(out)
+        inside = range(first, call.end)
+        call.last = next((i for i in inside if calls[i].inputs and call.output.is_same(calls[i].output)), None)
+        if self._may_stop and name in self._blocks and self._ends <= {call.name for call in calls}:
+            raise _Stop
+        return out
+
+    def _known(self, name: str) -> Any:
+        """What a module gives that is called next; None if it has to run."""
         assert self._begin is not None
         index = _index(self._calls, name, self._next)
         assert index is not None, f"{name}: called now and not then"
-        call = self._calls[index]
+        call, begin = self._calls[index], self._calls[self._begin]
+        self._next = index + 1
         if index == self._begin:
             self._begin = None
         elif name == self._target:
-            self._next = index + 1
+            pass
         elif call.end <= self._begin:
+            assert call.output is not None
             self._next = call.end
-            assert call.versions == _versions(call.output), f"{name}: its output has been written to"
-            return call
-        else:
-            self._next = index + 1
+            return call.output.get(name)
+        elif call.last == self._begin and begin.name == self._target:
+            assert begin.inputs is not None and self._compute is not None
+            self._begin = None
+            args, kwargs = begin.inputs.get(begin.name)
+            return self._compute(*args, **kwargs)
         return None
 
 
@@ -148,7 +199,8 @@ def _index(calls: Sequence[_Call], name: str | None, first: int = 0) -> int | No
     return next((index for index in range(first, len(calls)) if calls[index].name == name), None)
 
 
-def _versions(output: Any) -> tuple[int, ...]:
+def _versions(value: Any) -> tuple[int, ...]:
+    """How often tensors have been written to."""
     versions: list[int] = []
-    map_leaves(output, lambda leaf: versions.append(leaf._version) if isinstance(leaf, Tensor) else None)
+    map_leaves(value, lambda leaf: versions.append(leaf._version) if isinstance(leaf, Tensor) else None)
     return tuple(versions)
