@@ -12,7 +12,7 @@ from bitlaw.models.networks.var import VARConfig, VARTransformer
 from bitlaw.models.var import VAR
 from tiny_models import awake
 
-SHORT = Distillation(start="gptq", data="generated", num_examples=4, num_held_out=2, steps=4, batch_size=2, lr=3e-3)
+SHORT = Distillation(start="gptq", data="generated", num_examples=4, num_held_out=2, steps=16, batch_size=2, lr=3e-3)
 
 
 def official_var():
