@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from bitlaw.formats import FORMATS, Format, format_name
 from bitlaw.names import unknown_name
@@ -210,6 +210,32 @@ PROTECTION: dict[str, Callable[[PlannedSite], bool]] = {
 """Which sites stay in 16 bits, by name of the rule."""
 
 
+SiteT = TypeVar("SiteT", bound=PlannedSite)
+
+
+def unprotected(sites: Iterable[SiteT], protect: str | Sequence[str] = "first-last") -> list[SiteT]:
+    """The sites that are not protected, in their order.
+
+    `protect` is a rule of PROTECTION, a site's name, or several of them; ValueError for a name that is neither.
+    """
+    sites = list(sites)
+    names = [protect] if isinstance(protect, str) else protect
+    known = {site.name for site in sites}
+    for name in names:
+        if name not in PROTECTION and name not in known:
+            raise unknown_name(name, [*PROTECTION, *known], "protection rule or site")
+    rules = [PROTECTION[name] for name in names if name in PROTECTION]
+    return [site for site in sites if site.name not in names and not any(rule(site) for rule in rules)]
+
+
+def check_step_groups(starts: Sequence[int], num_steps: int | None = None) -> None:
+    """Raise ValueError for first steps of groups that do not begin at 0, ascend and, if it is known, end before S."""
+    if tuple(starts[:1]) != (0,) or any(a >= b for a, b in pairwise(starts)):
+        raise ValueError(f"step groups begin at 0 and ascend, not {tuple(starts)}")
+    if num_steps is not None and starts[-1] >= num_steps:
+        raise ValueError(f"a step group from step {starts[-1]}: this model has {num_steps} steps, 0 and up")
+
+
 @dataclass(frozen=True)
 class BitPlan:
     """A Precision for every site and step group.
@@ -224,8 +250,7 @@ class BitPlan:
 
     def __post_init__(self) -> None:
         groups = self.step_groups
-        if groups[:1] != (0,) or any(a >= b for a, b in pairwise(groups)):
-            raise ValueError(f"step groups begin at 0 and ascend, not {groups}")
+        check_step_groups(groups)
         problems = []
         for name, precisions in self.sites.items():
             if len(precisions) != len(groups):
@@ -241,19 +266,14 @@ class BitPlan:
     ) -> Self:
         """One precision for all sites but the protected ones, which stay in 16 bits.
 
-        `protect` is a rule of PROTECTION, a site's name, or several of them; ValueError for a name that is neither.
-        The precision of the attention operands goes to the sites of kind qkv, which make them.
+        `protect` is as of `unprotected`. The precision of the attention operands goes to the sites of kind qkv, which
+        make them.
         """
         sites = list(sites)
-        names = [protect] if isinstance(protect, str) else protect
-        known = {site.name for site in sites}
-        for name in names:
-            if name not in PROTECTION and name not in known:
-                raise unknown_name(name, [*PROTECTION, *known], "protection rule or site")
-        rules = [PROTECTION[name] for name in names if name in PROTECTION]
+        chosen = {site.name for site in unprotected(sites, protect)}
 
         def choose(site: PlannedSite) -> Precision:
-            if site.name in names or any(rule(site) for rule in rules):
+            if site.name not in chosen:
                 return Precision()
             return precision if site.kind == "qkv" else replace(precision, attention=None)
 

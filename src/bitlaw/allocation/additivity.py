@@ -5,7 +5,6 @@ plans at random. Here plans are drawn at random in several ranges of widths, so 
 widths errors are large, and what one tensor distorts depends on what the others do.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from bitlaw.allocation.curves import CurveSettings, RateDistortion, TensorKey, plan_of_widths
-from bitlaw.allocation.paths import Paths, images_of, model_fingerprint
+from bitlaw.allocation.curves import CurveSettings, RateDistortion, TensorKey, plan_of_widths, reading
+from bitlaw.allocation.paths import Paths, calibration_of, model_fingerprint
 from bitlaw.calibration.collect import Progress
-from bitlaw.calibration.settings import Calibration
 from bitlaw.files import write_json
 from bitlaw.methods.quantize import quantize
 from bitlaw.models.generator import ImageGenerator
@@ -167,10 +165,7 @@ class Additivity:
     @classmethod
     def read(cls, path: Path | str) -> Self:
         """What `save` wrote. ValueError, naming the file, for anything else."""
-        try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
-            if value.get("bitlaw_additivity") != ADDITIVITY_VERSION:
-                raise ValueError(f"no check of additivity of version {ADDITIVITY_VERSION}")
+        with reading(path, "bitlaw_additivity", ADDITIVITY_VERSION, "a check of additivity") as value:
             ranges = tuple(
                 RangeCheck(r["low"], r["high"], tuple(r["average_bits"]), tuple(r["predicted"]), tuple(r["measured"]))
                 for r in value["ranges"]
@@ -179,8 +174,6 @@ class Additivity:
             settings = CurveSettings.from_json(value["settings"])
             rest = (value[key] for key in ("mode", "seed", "model", "fingerprint"))
             return cls(ranges, tensors, settings, *rest)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as a check of additivity: {error}") from error
 
 
 def check_additivity(
@@ -209,8 +202,7 @@ def check_additivity(
     plans = {(low, high): draw_plans(curves, low, high, num_plans, seed) for low, high in ranges}
     known = _found(file, curves, seed)
     paths: Paths | None = None
-    images = images_of(curves.settings)
-    calibration = Calibration(labels=images.labels, guidance=images.guidance, sampling=images.sampling)
+    calibration = calibration_of(curves.settings)
     checked: dict[tuple[int, int], RangeCheck] = {}
 
     def result() -> Additivity:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bitlaw.allocation import solve
 from bitlaw.allocation.constraints import Constraints, Sets, sites_of
-from bitlaw.allocation.curves import RateDistortion, TensorKey
+from bitlaw.allocation.curves import RateDistortion, TensorKey, plan_of_widths
 from bitlaw.allocation.file_size import Layout, Sizes, file_bytes, layout_of
 from bitlaw.allocation.paths import images_of, model_fingerprint
 from bitlaw.calibration.collect import as_calibrated, batches
@@ -41,7 +41,7 @@ from bitlaw.install import plan_of
 from bitlaw.models.denoiser import Denoiser
 from bitlaw.models.generator import ImageGenerator, rollout
 from bitlaw.names import lookup, unknown_name
-from bitlaw.precision import FULL_BITS, BitPlan, Precision, TensorPrecision
+from bitlaw.precision import FULL_BITS, BitPlan, TensorPrecision
 
 BUDGETS: dict[str, str] = {
     "weight_bits": "bits_per_weight",
@@ -276,14 +276,7 @@ class Problem:
 
     def plan(self, bits: Mapping[TensorKey, int]) -> BitPlan:
         """The plan of widths; sites without stay as they are."""
-        plan = {}
-        for site in self.sites:
-            weight = self.settings.weight_precision(bits.get(TensorKey(site, "weight"), FULL_BITS))
-            plan[site] = tuple(
-                Precision(weight, self.settings.input_precision(bits.get(TensorKey(site, "input", group), FULL_BITS)))
-                for group in range(len(self.step_groups))
-            )
-        return BitPlan(plan, self.step_groups)
+        return plan_of_widths(self.settings, bits, self.sites)
 
     def distortion(self, bits: Mapping[TensorKey, int]) -> float:
         """Predicted for widths: the sum of the curves' points."""

@@ -9,17 +9,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from bitlaw.allocation.allocate import allocate
-from bitlaw.allocation.curves import NUMBERS, CurveSettings
+from bitlaw.allocation.curves import CurveSettings
 from bitlaw.allocation.exact import measure_curves
 from bitlaw.allocation.sketch import sketch_curves
 from bitlaw.calibration.settings import Calibration
 from bitlaw.distill import by_name, distill
 from bitlaw.distill.trainer import ModelT
 from bitlaw.formats import format_name
-from bitlaw.methods.chain import setting_value
+from bitlaw.methods.chain import settings_of
 from bitlaw.methods.quantize import Protect, equal_groups, quantize
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.names import unknown_name
 from bitlaw.precision import BitPlan, Precision
 
 PREFIX = "mixed"
@@ -63,14 +62,7 @@ def parse_mixed(method: str) -> MixedPrecision | None:
     rest, _, then = rest.partition("then=")
     given: dict[str, Any] = {"then": then} if then else {}
     known = {field.name: field.default for field in fields(MixedPrecision)}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"method '{method}': settings are name=value with commas, not '{part}'")
-        if key not in known:
-            raise unknown_name(key, known, "setting of mixed")
-        given[key] = setting_value(value.strip(), known[key], f"mixed:{key}")
-    return MixedPrecision(**given)
+    return MixedPrecision(**(given | settings_of(rest.split(","), known, PREFIX, method)))
 
 
 def parse(method: str) -> None:
@@ -135,12 +127,11 @@ def curve_settings(
     numbers = "int"
     if precision.weight is not None:
         numbers = _numbers_of(format_name(precision.weight.format))
-    return CurveSettings(
+    return CurveSettings.at_all_widths(
         numbers=numbers,
-        widths=tuple(bits for bits in range(11) if bits == 0 or _has(numbers, bits)),
         group_size=precision.weight.group_size if precision.weight else None,
         static_inputs=precision.is_static,
-        what=what[precision.weight is not None, precision.activation is not None],  # type: ignore[arg-type]
+        what=what[precision.weight is not None, precision.activation is not None],
         method=mixed.curves,
         protect=(protect,) if isinstance(protect, str) else tuple(protect),
         step_groups=equal_groups(step_groups, model.num_steps),
@@ -153,14 +144,6 @@ def _numbers_of(name: str) -> str:
     if name.startswith("int"):
         return "symmetric" if name.endswith("s") else "int"
     return "codebook" if name.startswith("v") else "float"
-
-
-def _has(numbers: str, bits: int) -> bool:
-    try:
-        NUMBERS[numbers](bits)
-    except ValueError:
-        return False
-    return True
 
 
 def plan_of_average(

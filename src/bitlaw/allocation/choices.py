@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from bitlaw.allocation.curves import CurveSettings
+from bitlaw.allocation.paths import calibration_of
 from bitlaw.calibration.cache import calibrate
 from bitlaw.calibration.collect import Progress
 from bitlaw.calibration.histogram import static_range
-from bitlaw.calibration.settings import Calibration
 from bitlaw.calibration.stats import InputStats
 from bitlaw.formats import Params
 from bitlaw.methods.method import LayerMethod
@@ -37,7 +37,7 @@ class Choices:
         progress: Progress | None = None,
     ):
         self.model, self.settings, self.plans, self.sites, self.progress = model, settings, plans, sites, progress
-        self.calibration = Calibration(labels=settings.labels, guidance=settings.guidance, sampling=settings.sampling)
+        self.calibration = calibration_of(settings)
         self.chain = as_chain(settings.method)
         self.by_layer = not self.chain.transforms and isinstance(self.chain.final, LayerMethod)
 

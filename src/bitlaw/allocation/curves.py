@@ -8,7 +8,8 @@ Legend: W widths, S steps.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -139,10 +140,18 @@ class CurveSettings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """The settings that `to_json` gave."""
-        plain: dict[str, Any] = {
-            key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()
-        }
-        return cls(**plain)
+        return cls(**with_tuples(value))
+
+    @classmethod
+    def at_all_widths(cls, **given: Any) -> Self:
+        """Settings at all widths up to 10 bits that the numbers have. ValueError for what else is wrong."""
+        cls(**given, widths=(0, 4))  # mistakes in other settings are named as what they are
+        possible = []
+        for width in cls.widths:
+            with suppress(ValueError):
+                cls(**given, widths=(width,))
+                possible.append(width)
+        return cls(**given, widths=tuple(possible))
 
 
 @dataclass(frozen=True)
@@ -186,18 +195,34 @@ class RateDistortion:
     @classmethod
     def read(cls, path: Path | str) -> Self:
         """What `save` wrote. ValueError, naming the file, for anything else."""
-        try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
-            if value.get("bitlaw_curves") != CURVES_VERSION:
-                raise ValueError(f"no curves of version {CURVES_VERSION}")
+        with reading(path, "bitlaw_curves", CURVES_VERSION, "rate-distortion curves") as value:
             by_step = {
                 TensorKey.parse(key): tuple(tuple(map(float, steps)) for steps in widths)
                 for key, widths in value["by_step"].items()
             }
             settings = CurveSettings.from_json(value["settings"])
             return cls(by_step, settings, value["mode"], value["model"], value["fingerprint"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as rate-distortion curves: {error}") from error
+
+
+@contextmanager
+def reading(path: Path | str, mark: str, version: int, what: str) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file that bears `mark: version`.
+
+    Raises one ValueError, naming the file and what it was taken for, for another file and for all that the body cannot
+    make of it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if value.pop(mark, None) != version:
+            raise ValueError(f"it has no {mark} of version {version}")
+        yield value
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as {what}: {error}") from error
+
+
+def with_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataclass was, of what JSON has made of it: tuples for lists."""
+    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
 
 
 def tensor_keys(settings: CurveSettings, sites: Iterable[str]) -> list[TensorKey]:
@@ -211,8 +236,12 @@ def tensor_keys(settings: CurveSettings, sites: Iterable[str]) -> list[TensorKey
     return keys
 
 
-def plan_of_widths(settings: CurveSettings, widths: Mapping[TensorKey, int]) -> BitPlan:
-    """The plan of these tensors at these widths; others of the same sites, and other sites, stay in 16 bits."""
+def plan_of_widths(settings: CurveSettings, widths: Mapping[TensorKey, int], sites: Iterable[str] = ()) -> BitPlan:
+    """The plan of these tensors at these widths; others of the same sites, and other sites, stay in 16 bits.
+
+    sites: that the plan is to name, before those of the tensors. Where no input has a width all steps are one group.
+    """
+    step_groups = settings.step_groups if any(key.what == "input" for key in widths) else (0,)
 
     def precision(site: str, group: int) -> Precision:
         return Precision(
@@ -220,6 +249,6 @@ def plan_of_widths(settings: CurveSettings, widths: Mapping[TensorKey, int]) -> 
             settings.input_precision(widths.get(TensorKey(site, "input", group), FULL_BITS)),
         )
 
-    groups = range(len(settings.step_groups))
-    sites = dict.fromkeys(key.site for key in widths)
-    return BitPlan({site: tuple(precision(site, group) for group in groups) for site in sites}, settings.step_groups)
+    groups = range(len(step_groups))
+    named = dict.fromkeys([*sites, *(key.site for key in widths)])
+    return BitPlan({site: tuple(precision(site, group) for group in groups) for site in named}, step_groups)

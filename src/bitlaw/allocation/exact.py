@@ -12,10 +12,9 @@ Legend: B images of a batch, N images in all, S steps, W widths.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +25,13 @@ from bitlaw.allocation.choices import Choices
 from bitlaw.allocation.curves import CurveSettings, RateDistortion, TensorKey, tensor_keys
 from bitlaw.allocation.distortion import Comparison
 from bitlaw.allocation.kept import kept_curves
-from bitlaw.allocation.paths import Paths, PathStep, curve_sites, model_fingerprint
+from bitlaw.allocation.paths import Paths, PathStep, curve_sites, images_of, model_fingerprint
 from bitlaw.allocation.tape import Tape
 from bitlaw.calibration.cache import fingerprint_of
-from bitlaw.calibration.collect import Progress
+from bitlaw.calibration.collect import Progress, as_calibrated
 from bitlaw.files import write_json
 from bitlaw.install import SiteParts, quantized_layer
-from bitlaw.methods.quantize import check_quantizable, quantize
+from bitlaw.methods.quantize import check_each, quantize
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.precision import BitPlan, Precision, step_group
 from bitlaw.quantized import ActivationSpec, FakeQuant, QuantLayer
@@ -80,32 +79,30 @@ def check_curves(model: ImageGenerator[Any], settings: CurveSettings) -> dict[in
 
     Raises one ValueError naming every site that cannot be quantized so.
     """
-    plans, problems = {}, []
     sites = curve_sites(model, settings)
     if not sites:
         raise ValueError("all sites are protected: there is nothing to measure")
+    plans = {}
     for bits in settings.widths:
         precision = Precision(
             settings.weight_precision(bits) if settings.what != "inputs" else None,
             settings.input_precision(bits) if settings.what != "weights" else None,
         )
-        plan = BitPlan(dict.fromkeys((site.name for site in sites), (precision,)))
-        try:
-            plans[bits] = check_quantizable(model, plan, method=settings.method)
-        except ValueError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
-    return plans
+        plans[bits] = BitPlan(dict.fromkeys((site.name for site in sites), (precision,)))
+    return check_each(model, plans, settings.method)
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A tensor at a width: what is computed in the place of its site's layer."""
+    """A tensor at a width: what is computed in the place of its site's layer.
+
+    input_quant: what `layer`, which all widths of an input share, quantizes its input with; None of a weight
+    """
 
     tensor: TensorKey
     width: int
-    compute: Callable[[], Callable[..., Any]]
+    layer: QuantLayer
+    input_quant: FakeQuant | None = None
 
 
 class _Recorded(NamedTuple):
@@ -199,14 +196,16 @@ class _Measuring:
 
     def _run(self, tape: Tape, chain: Sequence[_Recorded], point: _Point, out_SB: Tensor) -> None:
         """Distortions of a point in the steps of a chain."""
-        site, compute = point.tensor.site, point.compute()
+        site = point.tensor.site
+        if point.input_quant is not None:
+            point.layer.input_quant = point.input_quant
         cache, is_felt = None, False
         for step, exact_cache, distortion in chain:
             if not is_felt:
                 if not self._changes(point.tensor, step.index) or not tape.calls_in(step.index, site):
                     continue
                 cache, is_felt = exact_cache, True
-            with tape.replaying(step.index, site, compute):
+            with tape.replaying(step.index, site, point.layer):
                 output, cache = self.paths.run(self.model, step, cache)
             try:
                 out_SB[step.index] = distortion(output)
@@ -237,12 +236,11 @@ class _Measuring:
                     precision, chosen = self.plans[bits][tensor.site][0], self.choices.weight(tensor.site, bits)
                     only_weight = replace(precision, activation=None)
                     twin = self._twin(layer, tensor.site, only_weight, SiteParts(chosen))
-                    yield _Point(tensor, bits, partial(_itself, twin))
+                    yield _Point(tensor, bits, twin)
                 continue
             plain = self._twin(layer, tensor.site, Precision(), SiteParts())
             for bits in self.settings.widths:
-                quant = self._input_quant(plain, tensor, bits)
-                yield _Point(tensor, bits, partial(_with_input, plain, quant))
+                yield _Point(tensor, bits, plain, self._input_quant(plain, tensor, bits))
 
     def _twin(self, layer: nn.Module, site: str, precision: Precision, parts: SiteParts) -> QuantLayer:
         return quantized_layer(layer, parts, BitPlan({site: (precision,)}), site, self.model.clock)
@@ -296,7 +294,7 @@ class _Measuring:
         """A finished unit; None if it is not there, or damaged."""
         if self.work is None:
             return None
-        shape = (len(self.settings.widths), self.original.with_sampling(**self._sampling).num_steps)
+        shape = (len(self.settings.widths), as_calibrated(self.original, images_of(self.settings)).num_steps)
         with suppress(OSError, ValueError, TypeError, AttributeError):
             stored = json.loads((self.work / f"{number:03d}.json").read_text(encoding="utf-8"))
             values = {TensorKey.parse(key): torch.tensor(rows, dtype=torch.float64) for key, rows in stored.items()}
@@ -305,19 +303,6 @@ class _Measuring:
             ):
                 return values
         return None
-
-    @property
-    def _sampling(self) -> dict[str, Any]:
-        return {"guidance": self.settings.guidance, **self.settings.sampling}
-
-
-def _itself(layer: QuantLayer) -> QuantLayer:
-    return layer
-
-
-def _with_input(layer: QuantLayer, quant: FakeQuant) -> QuantLayer:
-    layer.input_quant = quant
-    return layer
 
 
 def _by_tensor(points: Sequence[_Point], means: Tensor) -> Values:

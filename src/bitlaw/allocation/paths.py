@@ -4,8 +4,7 @@ Legend: B images of a batch, N images in all, S steps.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -18,9 +17,8 @@ from bitlaw.calibration.cache import fingerprint_of
 from bitlaw.calibration.collect import Progress, as_calibrated, batches
 from bitlaw.calibration.replay import map_leaves
 from bitlaw.calibration.settings import Calibration
-from bitlaw.formats import FORMATS
 from bitlaw.models.generator import Extracted, ImageGenerator, Noise, Site
-from bitlaw.precision import BitPlan, Precision, TensorPrecision
+from bitlaw.precision import check_step_groups, unprotected
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Paths:
         self.settings = settings
         self.model = as_calibrated(model, images)
         self.measure_name, self.measure = measure_for(model, settings.measure)
-        check_step_groups(self.model, settings)
+        check_step_groups(settings.step_groups, self.model.num_steps)
         self.has_cache = self.output_is_drawn = False
         drawn: list[PathBatch] = []
         num_steps = self.model.num_steps
@@ -153,34 +151,24 @@ class Paths:
 
 def images_of(settings: CurveSettings) -> Calibration:
     """The images of the settings' paths, in the words of calibration."""
-    return Calibration(
-        num_images=settings.num_images,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        labels=settings.labels,
-        guidance=settings.guidance,
-        sampling=settings.sampling,
+    return replace(
+        calibration_of(settings), num_images=settings.num_images, seed=settings.seed, batch_size=settings.batch_size
     )
+
+
+def calibration_of(settings: CurveSettings) -> Calibration:
+    """What methods are calibrated with beside these paths: other images, drawn in the same way."""
+    return Calibration(labels=settings.labels, guidance=settings.guidance, sampling=settings.sampling)
 
 
 def curve_sites(model: ImageGenerator[Any], settings: CurveSettings) -> list[Site]:
     """The sites that get curves: those that the settings do not protect, in order of execution."""
-    plan = BitPlan.uniform(Precision(weight=TensorPrecision(FORMATS["int8"])), model.sites(), settings.protect)
-    return [site for site in model.sites() if not plan[site.name][0].is_full]
+    return unprotected(model.sites(), settings.protect)
 
 
 def model_fingerprint(model: ImageGenerator[Any]) -> str:
     """A name for a model's numbers and its sampler, as `RateDistortion.fingerprint`."""
     return fingerprint_of({"config": model.to_config(), "sampling": repr(model.sampling)}, model.net)
-
-
-def check_step_groups(model: ImageGenerator[Any], settings: CurveSettings) -> None:
-    """Raise ValueError for step groups that do not begin at step 0, ascend, and end with the model's steps."""
-    groups = settings.step_groups
-    if groups[:1] != (0,) or any(a >= b for a, b in pairwise(groups)):
-        raise ValueError(f"step groups begin at 0 and ascend, not {groups}")
-    if groups[-1] >= model.num_steps:
-        raise ValueError(f"step group from step {groups[-1]}: this model has {model.num_steps} steps, 0 and up")
 
 
 def _runs_while_drawing(model: ImageGenerator[Any], state: Any, extracted: Extracted) -> bool:

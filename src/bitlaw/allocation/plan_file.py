@@ -8,6 +8,7 @@ more beside it: the model's family and its sites, budgets, costs, settings of th
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bitlaw.install import check_plan
 from bitlaw.methods.quantize import Protect
 from bitlaw.models.generator import ImageGenerator
 from bitlaw.names import lookup, unknown_name
-from bitlaw.precision import BitPlan, Precision
+from bitlaw.precision import BitPlan, Precision, check_step_groups
 
 PLAN_VERSION = 1
 
@@ -97,14 +98,12 @@ def check_plan_for(model: ImageGenerator[Any], file: PlanFile | BitPlan) -> BitP
     if problems and provenance:
         problems.insert(0, f"{source} of other sites")
     if not problems:
-        if plan.step_groups[-1] >= model.num_steps:
-            problems.append(
-                f"a step group from step {plan.step_groups[-1]}: this model has {model.num_steps} steps, 0 and up"
-            )
-        try:
-            check_plan(model.net, plan)
-        except ValueError as error:
-            problems.append(str(error))
+        steps = partial(check_step_groups, plan.step_groups, model.num_steps)
+        for check in (steps, partial(check_plan, model.net, plan)):
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     return plan

@@ -8,28 +8,24 @@ LiteVAR's rule is `plan_sparing`; what the rule gains is measured too, by quanti
 Legend: S steps.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-from torch import Tensor
-
 from bitlaw.allocation.constraints import sites_of
-from bitlaw.allocation.curves import CurveSettings
+from bitlaw.allocation.curves import CurveSettings, reading, with_tuples
 from bitlaw.allocation.distortion import measure_for
-from bitlaw.allocation.paths import Paths, model_fingerprint
+from bitlaw.allocation.paths import Paths, calibration_of, model_fingerprint
 from bitlaw.calibration.cache import fingerprint_of
 from bitlaw.calibration.collect import Progress
-from bitlaw.calibration.settings import Calibration
 from bitlaw.files import write_json
-from bitlaw.methods.quantize import Protect, as_chain, check_quantizable, quantize
+from bitlaw.methods.quantize import Protect, as_chain, check_each, quantize
 from bitlaw.metrics.evaluation import evaluate, feature_network, load_reference
 from bitlaw.metrics.protocol import score_json
 from bitlaw.models.generator import ImageGenerator, Site
 from bitlaw.names import unknown_name
-from bitlaw.precision import FULL_BITS, BitPlan, Precision
+from bitlaw.precision import FULL_BITS, BitPlan, Precision, unprotected
 
 SENSITIVITY_VERSION = 1
 
@@ -187,19 +183,14 @@ class Sensitivity:
     @classmethod
     def read(cls, path: Path | str) -> Self:
         """What `save` wrote. ValueError, naming the file, for anything else."""
-        try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
-            if value.pop("bitlaw_sensitivity", None) != SENSITIVITY_VERSION:
-                raise ValueError(f"no sensitivity of version {SENSITIVITY_VERSION}")
+        with reading(path, "bitlaw_sensitivity", SENSITIVITY_VERSION, "a model's sensitivity") as value:
             outcomes = {
                 (tuple(entry["sites"]), entry["precision"]): Outcome(tuple(entry["by_step"]), entry["fd"])
                 for entry in value.pop("outcomes")
             }
-            subjects = tuple(Subject(**_with_tuples(entry)) for entry in value.pop("subjects"))
-            settings = SensitivitySettings(**_with_tuples(value.pop("settings")))
+            subjects = tuple(Subject(**with_tuples(entry)) for entry in value.pop("subjects"))
+            settings = SensitivitySettings(**with_tuples(value.pop("settings")))
             return cls(subjects, outcomes, settings, **value)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as a model's sensitivity: {error}") from error
 
 
 def measure_sensitivity(
@@ -223,7 +214,7 @@ def measure_sensitivity(
     described = {key: value for key, value in asdict(settings).items() if key not in AMOUNT + OF_FD}
     fingerprint = fingerprint_of({"model": model_fingerprint(model), **described}, model.autoencoder)
     outcomes, full_fd = _found(file, fingerprint, settings)
-    calibration = Calibration(labels=settings.labels, guidance=settings.guidance, sampling=settings.sampling)
+    calibration = calibration_of(settings.curve_settings())
     score = _scorer(settings)
     if score is not None and full_fd is None:
         if progress is not None:
@@ -262,16 +253,9 @@ def _named(model: ImageGenerator[Any], names: Sequence[str]) -> list[Site]:
 
 def _check(model: ImageGenerator[Any], subjects: Sequence[Subject], settings: SensitivitySettings) -> None:
     """Raise one ValueError naming every site that cannot be quantized as the settings say."""
-    names = {name for subject in subjects for name in subject.sites}
-    problems = []
-    for precision in settings.precisions:
-        plan = BitPlan.uniform(Precision.parse(precision), _named(model, list(names)), "none")
-        try:
-            check_quantizable(model, plan, method=settings.method)
-        except ValueError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+    sites = _named(model, [name for subject in subjects for name in subject.sites])
+    plans = {text: BitPlan.uniform(Precision.parse(text), sites, "none") for text in settings.precisions}
+    check_each(model, plans, settings.method)
 
 
 def _found(
@@ -313,14 +297,9 @@ def _scorer(settings: SensitivitySettings) -> Callable[[ImageGenerator[Any]], di
     return score
 
 
-def _with_tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-
-
 def subjects_of(model: ImageGenerator[Any], settings: SensitivitySettings) -> list[Subject]:
     """What of a model is quantized alone, level by level. ValueError if everything is protected."""
-    plan = BitPlan.uniform(Precision.parse("W4A4"), model.sites(), settings.protect)
-    sites = [site for site in model.sites() if not plan[site.name][0].is_full]
+    sites = unprotected(model.sites(), settings.protect)
     if not sites:
         raise ValueError("all sites are protected: there is nothing to quantize")
     groups: dict[tuple[Level, str], list[Site]] = {}
@@ -342,15 +321,9 @@ def subjects_of(model: ImageGenerator[Any], settings: SensitivitySettings) -> li
     for level in dict.fromkeys(settings.levels):
         for (own, name), members in groups.items():
             if own == level:
-                weights = sum(_num_weights(model, site.name) for site in members)
+                weights = sum(model.net.get_parameter(f"{site.name}.weight").numel() for site in members)
                 found.append(Subject(level, name, tuple(site.name for site in members), weights))
     return found
-
-
-def _num_weights(model: ImageGenerator[Any], site: str) -> int:
-    weight = model.net.get_submodule(site).weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()
 
 
 def block_of(site: Site) -> str:

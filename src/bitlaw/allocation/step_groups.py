@@ -20,7 +20,7 @@ from bitlaw.calibration.collect import Progress, as_calibrated
 from bitlaw.calibration.settings import Calibration
 from bitlaw.methods.quantize import Protect, equal_groups
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.precision import FULL_BITS, BitPlan, Precision
+from bitlaw.precision import FULL_BITS, unprotected
 
 Reals = npt.NDArray[np.float64]
 
@@ -80,8 +80,7 @@ def study_step_groups(
     """The best groups for 1 to `max_count` of them, or as many as there are steps, with what each number loses."""
     settings = settings or Calibration(num_images=16, seed=2**21)
     drawn = as_calibrated(model, settings)
-    plan = BitPlan.uniform(Precision.parse("W4A4"), model.sites(), protect)
-    names = [name for name in plan if not plan[name][0].is_full]
+    names = [site.name for site in unprotected(model.sites(), protect)]
     if not names:
         raise ValueError("all sites are protected, so no input could choose step groups")
     steps = tuple(range(drawn.num_steps))

@@ -204,21 +204,13 @@ def _budgets(problem: "Problem", limits: Mapping[str, float]) -> dict[str, float
 
 
 def _curve_settings(given: Mapping[str, Any], allowed: tuple[int, ...]) -> "CurveSettings":
-    """How curves are to be measured: at the allowed widths, or at all up to 10 bits that the numbers have."""
+    """How curves are to be measured: at the allowed widths, or at all that the numbers have."""
     from bitlaw.allocation.curves import CurveSettings
     from bitlaw.precision import FULL_BITS
 
     if allowed:
         return CurveSettings(**given, widths=tuple(width for width in allowed if width != FULL_BITS))
-    CurveSettings(**given, widths=(0, 4))  # mistakes in other settings are named as what they are
-    possible = []
-    for width in CurveSettings.widths:
-        try:
-            CurveSettings(**given, widths=(width,))
-        except ValueError:
-            continue
-        possible.append(width)
-    return CurveSettings(**given, widths=tuple(possible))
+    return CurveSettings.at_all_widths(**given)
 
 
 def _measured(

@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from bitlaw.distill.qat import Scales, Trainable
-from bitlaw.methods.chain import setting_value
-from bitlaw.names import unknown_name
+from bitlaw.methods.chain import settings_of
 from bitlaw.training import Optimizer
 
 PREFIX = "distill:"
@@ -135,15 +134,7 @@ def parse_distillation(text: str) -> Distillation:
     rest, _, start = text.removeprefix(PREFIX.rstrip(":")).removeprefix(":").partition("start=")
     given: dict[str, Any] = {"start": start} if start else {}
     known = {field.name: field.default for field in fields(Distillation)}
-    for index, part in enumerate(filter(None, (part.strip() for part in rest.split(",")))):
-        key, equals, value = part.partition("=")
-        if not equals and index == 0:
-            given["loss"] = part
-            continue
-        key = key.strip().replace("-", "_")
-        if not equals:
-            raise ValueError(f"method '{text}': settings are name=value with commas, not '{part}'")
-        if key not in known:
-            raise unknown_name(key, known, "setting of distill")
-        given[key] = setting_value(value.strip(), known[key], f"distill:{key}")
-    return Distillation(**given)
+    parts = [part for part in map(str.strip, rest.split(",")) if part]
+    if parts and "=" not in parts[0]:
+        given["loss"] = parts.pop(0)
+    return Distillation(**(given | settings_of(parts, known, "distill", text)))

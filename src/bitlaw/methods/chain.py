@@ -1,7 +1,7 @@
 """Methods by name and in chains: `smoothquant:alpha=0.6+gptq`."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -87,18 +87,27 @@ def parse_method(text: str, table: Mapping[str, Method]) -> Chain:
 def _method(text: str, table: Mapping[str, Method]) -> Method:
     name, _, settings = text.partition(":")
     method: Any = lookup(table, name, "method")
+    known = {f.name: getattr(method, f.name) for f in fields(method)}
+    made: Method = replace(method, **settings_of(settings.split(","), known, name, text))
+    return made
+
+
+def settings_of(parts: Iterable[str], known: Mapping[str, Any], name: str, text: str) -> dict[str, Any]:
+    """Settings that parts of a text, `key=value` each, give; empty parts give none.
+
+    known: every setting with its value now; name, text: of the method, for messages
+    ValueError for a part that is none, a setting that does not exist, or a value of another type.
+    """
     given = {}
-    known = {f.name: f for f in fields(method)}
-    for part in filter(None, settings.split(",")):
+    for part in filter(None, (part.strip() for part in parts)):
         key, equals, value = part.partition("=")
         key = key.strip().replace("-", "_")
         if not equals:
             raise ValueError(f"method '{text}': settings are name=value with commas, not '{part}'")
         if key not in known:
             raise unknown_name(key, list(known), f"setting of {name}")
-        given[key] = setting_value(value.strip(), getattr(method, key), f"{name}:{key}")
-    made: Method = replace(method, **given)
-    return made
+        given[key] = setting_value(value.strip(), known[key], f"{name}:{key}")
+    return given
 
 
 def setting_value(text: str, like: Any, what: str) -> Any:

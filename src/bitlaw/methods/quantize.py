@@ -1,7 +1,7 @@
 """Quantize a model: a method chooses codes, and quantized modules go where a plan says."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from bitlaw.methods.chain import Chain, chain, parse_method
 from bitlaw.methods.method import Method
 from bitlaw.methods.pipeline import Pipeline
 from bitlaw.models.generator import ImageGenerator
-from bitlaw.precision import BitPlan, Precision
+from bitlaw.precision import BitPlan, Precision, check_step_groups
 
 ModelT = TypeVar("ModelT", bound=ImageGenerator[Any])
 Protect = str | Sequence[str]
@@ -82,8 +82,7 @@ def plan_for(
     if isinstance(precision, str):
         precision = Precision.parse(precision)
     starts = equal_groups(step_groups, model.num_steps) if isinstance(step_groups, int) else tuple(step_groups)
-    if starts[-1] >= model.num_steps:
-        raise ValueError(f"step group from step {starts[-1]}: this model has {model.num_steps} steps, 0 and up")
+    check_step_groups(starts, model.num_steps)
     plan = BitPlan.uniform(precision, model.sites(), protect)
     return BitPlan({name: plan[name] * len(starts) for name in plan}, starts)
 
@@ -117,3 +116,21 @@ def check_quantizable(
     if problems:
         raise ValueError("\n".join(problems))
     return plan
+
+
+KeyT = TypeVar("KeyT")
+
+
+def check_each(
+    model: ImageGenerator[Any], plans: Mapping[KeyT, BitPlan], method: MethodLike = "rtn"
+) -> dict[KeyT, BitPlan]:
+    """`check_quantizable` of several plans; one ValueError for all of them, what they share said once."""
+    checked, problems = {}, []
+    for key, plan in plans.items():
+        try:
+            checked[key] = check_quantizable(model, plan, method=method)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return checked
