@@ -41,3 +41,12 @@ def test_what_no_curve_describes_is_refused() -> None:
     for precision in ("W4A8KV8", "W4tA16", "W4A8t"):
         with pytest.raises(ValueError, match="mixed precision"):
             check(model, Precision.parse(precision), "mixed")
+
+
+def test_numbers_are_not_replaced_by_others() -> None:
+    model = bitlaw.load("ladder/var-xs")
+    for precision in ("We3m0A16", "Wv1b3A16", "W4Ae4m3", "W4A8s"):
+        with pytest.raises(ValueError, match="mixed precision"):
+            check(model, Precision.parse(precision), "mixed")
+    for precision in ("We2m1A16", "W4sA16", "Wv2b3A16", "W4A8", "W4A8c", "W16A6"):
+        check(model, Precision.parse(precision), "mixed")

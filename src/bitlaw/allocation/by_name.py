@@ -5,17 +5,18 @@ With it a precision, W4A8, is an average: the numbers of all weights that are no
 those of all inputs 8.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from bitlaw.allocation.allocate import allocate
-from bitlaw.allocation.curves import CurveSettings
+from bitlaw.allocation.curves import FLOATS, NUMBERS, CurveSettings
 from bitlaw.allocation.exact import measure_curves
 from bitlaw.allocation.sketch import sketch_curves
 from bitlaw.calibration.settings import Calibration
 from bitlaw.distill import by_name, distill
 from bitlaw.distill.trainer import ModelT
-from bitlaw.formats import format_name
+from bitlaw.formats import Format, format_name
 from bitlaw.methods.chain import settings_of
 from bitlaw.methods.quantize import Protect, equal_groups, quantize
 from bitlaw.models.generator import ImageGenerator
@@ -124,9 +125,9 @@ def curve_settings(
         if tensor is not None and tensor.group_size == "tensor":
             raise ValueError(f"precision {precision}: mixed precision has no t; leave it out, or use c for inputs")
     what = {(True, True): "both", (True, False): "weights", (False, True): "inputs"}
-    numbers = "int"
-    if precision.weight is not None:
-        numbers = _numbers_of(format_name(precision.weight.format))
+    numbers = "int" if precision.weight is None else _numbers_of(precision.weight.format)
+    if precision.activation is not None and _numbers_of(precision.activation.format) != "int":
+        raise ValueError(f"precision {precision}: mixed precision of inputs is of integers with a zero point; use A8")
     return CurveSettings.at_all_widths(
         numbers=numbers,
         group_size=precision.weight.group_size if precision.weight else None,
@@ -140,10 +141,16 @@ def curve_settings(
     )
 
 
-def _numbers_of(name: str) -> str:
-    if name.startswith("int"):
-        return "symmetric" if name.endswith("s") else "int"
-    return "codebook" if name.startswith("v") else "float"
+def _numbers_of(format: Format) -> str:
+    """The kind of number whose format at this width it is. ValueError where there is none: it would get another."""
+    for kind, at in NUMBERS.items():
+        with suppress(ValueError):
+            if at(int(format.code_bits)) == format:
+                return kind
+    raise ValueError(
+        f"{format_name(format)} is not among the formats that mixed precision chooses from: integers, symmetric ones, "
+        f"floats {', '.join(FLOATS.values())} and codebooks v2b*"
+    )
 
 
 def plan_of_average(
