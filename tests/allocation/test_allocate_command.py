@@ -6,8 +6,10 @@ from made_curves import made_curves
 from typer.testing import CliRunner
 
 import bitlaw
+from bitlaw.allocation.additivity import Additivity
 from bitlaw.allocation.allocate import Problem
 from bitlaw.allocation.curves import RateDistortion
+from bitlaw.allocation.plan_file import read_plan
 from bitlaw.cli import app
 
 MODEL = "ladder/var-xs"
@@ -93,6 +95,28 @@ def test_a_plan_by_hand_is_described(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text('{"sites": {"blocks.0.ffn.fc1": "W3A8"}}')
     assert "blocks.0.ffn.fc1  W3A8" in run("info", str(path))
+
+
+def test_additivity_is_checked_and_a_plan_warned_of(
+    tmp_path: Path, curves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curves are made up, so that sums predict nothing: the command says so, and so does a plan."""
+    monkeypatch.setattr("shutil.which", lambda name: None)  # pages are quicker than photographs of them
+    out, path, drawn = tmp_path / "additivity", str(tmp_path / "plan.json"), tmp_path / "pictures"
+    said = run("analyze", MODEL, "additivity", "--curves", curves, "--plans", "3", "--out", str(out))
+    check = Additivity.read(out / "additivity.json")
+    assert [(part.low, part.high) for part in check.ranges] == [(4, 8), (3, 5), (2, 4), (1, 3), (0, 3)]
+    assert said.count("sums do not hold") == 5 and str(check.ranges[0]) in said
+    assert "plotly" in (out / "additivity.html").read_text()
+    checked = ["--additivity", str(out / "additivity.json")]
+    shown = ["--pictures", str(drawn)]
+    said = run("allocate", MODEL, "--average-bits", "4", "--curves", curves, *checked, *shown, "--out", path)
+    warning = check.warning_for(read_plan(Path(path)).plan)
+    assert warning is not None and f"warning: {warning}" in said and f"warning: {warning}" in run("info", path)
+    assert sorted(file.name for file in drawn.iterdir()) == ["bits.html", "curves.html", "steps.html"]
+    with pytest.raises(ValueError, match="additivity of another model"):
+        other = ["ladder/var-s", "--average-bits", "4", "--images", "1", "--widths", "2,4"]
+        run("allocate", *other, *checked, "--out", path)
 
 
 def test_a_checkpoint_above_the_budget_of_its_plan_is_said(tmp_path: Path, curves: str) -> None:

@@ -15,7 +15,7 @@ def test_settings_come_first_and_what_carries_the_plan_out_last() -> None:
     assert (mixed.mode, mixed.num_images, mixed.then) == ("sketch", 4, "distill:topkld,steps=3,start=gptq")
     assert parse_mixed("gptq") is None
     parse("mixed")
-    for wrong in ("mixed:mode=guess", "mixed:images=3", "mixed:then=nothing", "mixed:exact"):
+    for wrong in ("mixed:mode=guess", "mixed:images=3", "mixed:then=nothing", "mixed:exact", "mixed:step_groups=-1"):
         with pytest.raises(ValueError):
             parse(wrong)
 
@@ -50,3 +50,19 @@ def test_numbers_are_not_replaced_by_others() -> None:
             check(model, Precision.parse(precision), "mixed")
     for precision in ("We2m1A16", "W4sA16", "Wv2b3A16", "W4A8", "W4A8c", "W16A6"):
         check(model, Precision.parse(precision), "mixed")
+
+
+def test_groups_of_steps_are_those_of_the_method_or_else_of_whoever_asks() -> None:
+    model = bitlaw.load("ladder/dit-xs")
+    precision = Precision.parse("W16A4c")
+    calibration = bitlaw.Calibration(num_images=2)
+    for method, asked, starts in (
+        ("mixed:num_images=1", 2, (0, 10)),
+        ("mixed:num_images=1,step_groups=4", 2, (0, 5, 10, 15)),
+    ):
+        check(model, precision, method, step_groups=asked)
+        plan = plan_of(apply(model, precision, method, step_groups=asked, calibration=calibration).net)
+        assert plan is not None
+        assert plan.step_groups == starts
+    with pytest.raises(ValueError, match="step_groups 21: must be from 1 to the model's 20 steps"):
+        check(model, precision, "mixed:step_groups=21")

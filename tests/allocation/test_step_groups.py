@@ -1,5 +1,7 @@
 """Step groups: the dynamic programme against brute force, its cost against its definition, and on models."""
 
+import json
+import re
 from itertools import combinations
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from bitlaw.allocation.step_groups import (
     NOTHING,
@@ -18,8 +21,10 @@ from bitlaw.allocation.step_groups import (
     study_step_groups,
 )
 from bitlaw.calibration.settings import Calibration
+from bitlaw.cli import app
 from bitlaw.methods.quantize import equal_groups, quantize
 from bitlaw.models.generator import Noise, rollout
+from bitlaw.models.loading import load
 from tiny_models import TINY, tiny_dit, tiny_var
 
 FEW = Calibration(num_images=3, batch_size=3)
@@ -148,3 +153,29 @@ def test_what_is_kept_gives_the_same_groups(tmp_path, monkeypatch):
     found = study_step_groups(model, 3, FEW, protect="none")
     monkeypatch.setattr("bitlaw.calibration.cache.collect", lambda *_: pytest.fail("drawn again"))
     assert study_step_groups(model, 3, FEW, protect="none") == found
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLAW_CACHE", "")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+
+    def run(*more):
+        arguments = ["analyze", "ladder/dit-xs", "step-groups", "--images", "2", "--out", str(tmp_path / "g"), *more]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    said = run("--count", "3", "--max-count", "5")
+    found = study_step_groups(load("ladder/dit-xs"), 5, Calibration(num_images=2, seed=2**21))
+    for starts, lost in zip(found.starts, found.bits_lost, strict=True):
+        assert re.search(rf"{len(starts)} +{', '.join(map(str, starts))} +{lost:.3f}", said)
+    stored = json.loads((tmp_path / "g" / "step-groups.json").read_text())
+    assert tuple(map(tuple, stored["starts"])) == found.starts
+    assert "plotly" in (tmp_path / "g" / "step-groups.html").read_text()
+    for bad in (["--count", "0"], ["--count", "5", "--max-count", "4"]):
+        with pytest.raises(ValueError, match="--count"):
+            run(*bad)
+    assert (
+        re.search(rf"1 +0 +{found.bits_lost[0]:.3f}", run("--count", "1", "--max-count", "1", "--protect", "none"))
+        is None
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from bitlaw.allocation.additivity import Additivity, RangeCheck
+from bitlaw.allocation.curves import CurveSettings, TensorKey
 from bitlaw.report import table, write_report
 from bitlaw.report.content import _round_numbers
 from bitlaw.report.recipes import recipes_of
@@ -165,3 +167,20 @@ def test_amounts_and_scores_in_words() -> None:
     assert format_amount(8e3 * 999.7, "bytes") == "1 MB"
     assert format_amount(1.8e9, "bit²") == "1.8G bit²"
     assert [format_score(v) for v in (12.345, 0.04321, 1234.5, 0.0)] == ["12.3", "0.0432", "1234", "0"]
+
+
+def test_checks_of_additivity_beside_a_study_are_in_its_report(make_study: Callable[..., Path]) -> None:
+    study = make_study()
+    assert "add up" not in write_report(study, num_resamples=40).read_text(encoding="utf-8")
+    parts = (
+        RangeCheck(6, 10, (7.0, 8.0, 9.0), (1.0, 2.0, 3.0), (1.1, 2.2, 3.3)),
+        RangeCheck(1, 3, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (3.0, 1.0, 2.0)),
+    )
+    check = Additivity(parts, (TensorKey("a", "weight"),), CurveSettings(), "exact", 0, "ladder/var-s", "0")
+    (study / "additivity" / "var-s").mkdir(parents=True)
+    check.save(study / "additivity" / "var-s" / "additivity.json")
+    html = write_report(study, num_resamples=40).read_text(encoding="utf-8")
+    assert "Do distortions add up?" in html
+    rows = re.findall(r"<tr><th[^>]*>var-s</th>(.*?)</tr>", html.partition("Do distortions add up?")[2])
+    texts = [re.sub(r"<[^>]+>", " ", row).split() for row in rows[:2]]
+    assert texts == [["6–10", "3", "1.000", "1.000", "1.10", "yes"], ["1–3", "3", "-0.500", "-0.500", "0.79", "no"]]

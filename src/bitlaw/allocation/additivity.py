@@ -180,7 +180,7 @@ def check_additivity(
     model: ImageGenerator[Any],
     curves: RateDistortion,
     *,
-    ranges: Sequence[tuple[int, int]] = RANGES,
+    ranges: Sequence[tuple[int, int]] = (),
     num_plans: int = 16,
     seed: int = 0,
     file: Path | str | None = None,
@@ -188,6 +188,7 @@ def check_additivity(
 ) -> Additivity:
     """Draw plans at random in every range of widths, and measure them on the images that the curves were measured on.
 
+    ranges: least and greatest width; () for those of RANGES of which the curves have two widths or more
     num_plans: of each range, 3 or more
     file: where the result is written as it grows; plans that it has of these curves' model and settings and this seed
         are not measured again
@@ -199,6 +200,11 @@ def check_additivity(
     if model_fingerprint(model) != curves.fingerprint:
         raise ValueError(f"the curves are of another model ({curves.model}); measure those of this one")
     keys = curves.keys()
+    if not ranges:
+        widths = curves.settings.widths
+        ranges = [(low, high) for low, high in RANGES if sum(low <= width <= high for width in widths) > 1]
+    if not ranges:
+        raise ValueError(f"curves at {widths} bits have no two widths near each other, so that no plans can be drawn")
     plans = {(low, high): draw_plans(curves, low, high, num_plans, seed) for low, high in ranges}
     known = _found(file, curves, seed)
     paths: Paths | None = None

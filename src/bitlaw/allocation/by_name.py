@@ -36,6 +36,8 @@ class MixedPrecision:
     mode: of the curves, exact or sketch
     measure: of distortion, "" for what suits the family
     num_images: that curves are measured on
+    step_groups: equal groups of steps in each of which inputs have widths and ranges of their own; 0 for as many as
+        whoever asks has for ranges
     curves: the method whose codes curves are measured with
     then: a post-training method or a distillation, which carries out the plan
     """
@@ -43,12 +45,15 @@ class MixedPrecision:
     mode: Literal["exact", "sketch"] = "exact"
     measure: str = ""
     num_images: int = 16
+    step_groups: int = 0
     curves: str = "rtn"
     then: str = "rtn"
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "sketch"):
             raise ValueError(f"mixed: mode '{self.mode}' must be exact or sketch")
+        if self.step_groups < 0:
+            raise ValueError(f"mixed: step_groups {self.step_groups} must be 0 or more")
         by_name.parse(self.then)
 
 
@@ -79,7 +84,7 @@ def check(
     mixed = parse_mixed(method)
     if mixed is not None:
         curve_settings(model, precision, mixed, protect, step_groups)
-        method = mixed.then
+        method, step_groups = mixed.then, mixed.step_groups or step_groups
     by_name.check(model, precision, method, protect, step_groups)
 
 
@@ -135,7 +140,7 @@ def curve_settings(
         what=what[precision.weight is not None, precision.activation is not None],
         method=mixed.curves,
         protect=(protect,) if isinstance(protect, str) else tuple(protect),
-        step_groups=equal_groups(step_groups, model.num_steps),
+        step_groups=equal_groups(mixed.step_groups or step_groups, model.num_steps),
         measure=mixed.measure,
         num_images=mixed.num_images,
     )

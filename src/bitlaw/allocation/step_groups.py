@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bitlaw.allocation.curves import CurveSettings
 from bitlaw.calibration.cache import calibrate
 from bitlaw.calibration.collect import Progress, as_calibrated
 from bitlaw.calibration.settings import Calibration
@@ -54,7 +55,7 @@ def choose_step_groups(
     count: int,
     *,
     num_images: int = 16,
-    seed: int = 2**21,
+    seed: int = CurveSettings.seed,
     protect: Protect = "first-last",
     progress: Progress | None = None,
     **calibration: Any,
@@ -78,7 +79,7 @@ def study_step_groups(
     progress: Progress | None = None,
 ) -> StepGroups:
     """The best groups for 1 to `max_count` of them, or as many as there are steps, with what each number loses."""
-    settings = settings or Calibration(num_images=16, seed=2**21)
+    settings = settings or Calibration(num_images=16, seed=CurveSettings.seed)
     drawn = as_calibrated(model, settings)
     names = [site.name for site in unprotected(model.sites(), protect)]
     if not names:

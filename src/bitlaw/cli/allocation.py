@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitlaw.cli.app import app, out_console, stages
-from bitlaw.cli.options import Device, Dtype, Guidance, Model, Option, Out, Sampling, Tokenizer, load_model, settings
+from bitlaw.cli.options import (
+    Device,
+    Dtype,
+    Guidance,
+    Model,
+    Option,
+    Out,
+    Sampling,
+    Tokenizer,
+    load_model,
+    settings,
+    write_pictures,
+)
 
 if TYPE_CHECKING:
     from bitlaw.allocation.allocate import Allocated, Problem
@@ -90,6 +102,13 @@ def allocate(
         str | None, typer.Option(help="Of distortion: mse, mse+ssim, kl ... Default: the family's.")
     ] = None,
     images: Annotated[int | None, typer.Option(help="Images that curves are measured on. Default: 16.")] = None,
+    additivity: Annotated[
+        Path | None,
+        typer.Option(help="additivity.json of `analyze additivity`: says if this plan is where its curves fail."),
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="A folder for pictures of the plan and of the curves: bits, curves, steps.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A plan without curves: litevar (fc2 stays in 16 bits).")] = None,
     precision: Annotated[str | None, typer.Option(help="Of a preset's other layers: W4A8.")] = None,
     guidance: Guidance = None,
@@ -103,6 +122,7 @@ def allocate(
 
     Writes a plan, which `quantize --plan` and `distill --plan` carry out and `info` describes.
     """
+    from bitlaw.allocation.additivity import Additivity
     from bitlaw.allocation.allocate import Problem
     from bitlaw.allocation.constraints import Constraints
     from bitlaw.allocation.plan_file import model_provenance, plan_provenance, preset_plan, write_plan
@@ -136,6 +156,7 @@ def allocate(
         raise ValueError(f"--swaps {swaps}: must be 0 or more")
     allowed = () if widths is None else _whole_numbers("--widths", widths)
     constraints = Constraints(allowed, protected, _least_bits(min_bits), tuple(tie or ()))
+    checked = None if additivity is None else Additivity.read(additivity)
     given: dict[str, Any] = {
         "what": what,
         "numbers": numbers,
@@ -163,16 +184,23 @@ def allocate(
             known = _measured(loaded, model, chosen, mode or "exact", protected, step_groups, report)
             if curves is not None:
                 known.save(curves)
+        if checked is not None and checked.fingerprint != known.fingerprint:
+            raise ValueError(f"{additivity}: additivity of another model ({checked.model})")
         problem = Problem(loaded, known, constraints)
         if is_measured and protected != ("first-last",) and (missing := problem.sites_without_curves):
             raise ValueError(f"{curves}: no curves of {', '.join(missing)}; protect them, or give another --curves")
         found = problem.allocate(_budgets(problem, limits), method)  # type: ignore[arg-type]
         refined = _refined(problem, found, loaded, swaps, report) if swaps else None
-    provenance = plan_provenance(problem, found, model)
+    plan = (refined.allocated if refined else found).plan
+    provenance = plan_provenance(problem, refined.allocated if refined else found, model)
     if refined is not None:
-        provenance = {**plan_provenance(problem, refined.allocated, model), "swaps": refined.to_json()}
-    write_plan(out, (refined.allocated if refined else found).plan, provenance)
+        provenance["swaps"] = refined.to_json()
+    if checked is not None:
+        provenance["warning"] = checked.warning_for(plan)
+    write_plan(out, plan, provenance)
     tell_of_plan(out)
+    if pictures is not None:
+        _draw(plan, known, loaded, pictures)
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
@@ -277,19 +305,33 @@ def _read_curves(path: Path, given: Mapping[str, Any], mode: str | None, step_gr
     return known
 
 
+def _draw(plan: "BitPlan", curves: "RateDistortion", model: "ImageGenerator[Any]", folder: Path) -> None:
+    from bitlaw.allocation import pictures
+
+    drawn = {
+        "bits": pictures.bits_by_layer(plan, model.sites()),
+        "curves": pictures.rate_distortion(curves, model.sites()),
+        "steps": pictures.distortion_by_step(
+            curves, curves.settings.middle_width, "weight" if curves.settings.what == "weights" else "input"
+        ),
+    }
+    write_pictures(folder, drawn)
+
+
 def _refined(
     problem: "Problem", found: "Allocated", model: "ImageGenerator[Any]", num_swaps: int, report: "Progress"
 ) -> "Refined":
-    from bitlaw.allocation.paths import Paths
+    from bitlaw.allocation.paths import Paths, calibration_of
     from bitlaw.allocation.swaps import held_out_settings, measure_on, refine
 
     chosen = problem.settings
+    calibration = calibration_of(chosen)
     judged, unseen = Paths(model, chosen, report), Paths(model, held_out_settings(chosen), report)
     return refine(
         problem,
         found,
-        measure_on(judged, model, chosen.method),
-        measure_on(unseen, model, chosen.method),
+        measure_on(judged, model, chosen.method, calibration),
+        measure_on(unseen, model, chosen.method, calibration),
         num_swaps=num_swaps,
         progress=report,
     )
@@ -387,6 +429,8 @@ def _distortion_lines(provenance: Mapping[str, Any]) -> list[str]:
             f"{swaps['num_measured']} swaps; on images they have not seen {swaps['held_out_start']:.5g} -> "
             f"{swaps['held_out_end']:.5g}{'' if is_kept else ', so that the plan is the one without swaps'}"
         )
+    if warning := provenance.get("warning"):
+        lines.append(f"warning: {warning}")
     return lines
 
 

@@ -1,7 +1,6 @@
 """What goes on inside a model when it is quantized."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from bitlaw.cli.options import (
     load_model,
     parse_protect,
     settings,
+    write_pictures,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def sensitivity(
     """
     from bitlaw.allocation.pictures import sensitivity_bars, sensitivity_maps
     from bitlaw.allocation.sensitivity import SensitivitySettings, measure_sensitivity, precisions_of
-    from bitlaw.figures import write_figure
 
     chosen_levels: Any = {"levels": tuple(levels.split(","))} if levels else {}
     parts: Any = what.split(",")
@@ -121,16 +120,109 @@ def sensitivity(
     with stages() as report:
         result = measure_sensitivity(model, chosen, file=out / "sensitivity.json", progress=report, name=name)
     _print(result)
-    # Without Chromium there are pages, which show the same.
-    suffix = ".png" if shutil.which("chromium") else ".html"
-    written = [out / "sensitivity.json"]
+    drawn = {}
     if result.of("kind"):
-        written.append(out / f"kinds{suffix}")
-        write_figure(written[-1], sensitivity_bars(result))
+        drawn["kinds"] = sensitivity_bars(result)
     if result.of("cell"):
-        written.append(out / f"blocks{suffix}")
-        write_figure(written[-1], sensitivity_maps(result))
-    out_console.print("written: " + ", ".join(map(str, written)), highlight=False)
+        drawn["blocks"] = sensitivity_maps(result)
+    write_pictures(out, drawn, [out / "sensitivity.json"])
+
+
+@analyze_app.command(
+    epilog="Examples: `bitlaw allocate ladder/var-s --average-bits 4 --curves curves.json --out plan.json`, then "
+    "`bitlaw analyze ladder/var-s additivity --curves curves.json` and, with what that says of plans, "
+    "`bitlaw allocate ladder/var-s --average-bits 3 --curves curves.json --additivity additivity/additivity.json "
+    "--out plan.json`"
+)
+def additivity(
+    context: typer.Context,
+    curves: Annotated[Path, typer.Option(help="File of curves, as `bitlaw allocate --curves` writes it.")],
+    out: Annotated[
+        Path, typer.Option(help="A folder for additivity.json and additivity.png; what is there goes on.")
+    ] = Path("additivity"),
+    plans: Annotated[int, typer.Option(help="Plans at random in each range of widths.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the plans.")] = 0,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    option: Option = None,
+) -> None:
+    """Whether the distortion of a plan is the sum of its tensors' distortions, in which ranges of bits.
+
+    Plans at random are measured on the images that the curves were measured on, and compared with what those predict.
+    """
+    from bitlaw.allocation.additivity import check_additivity
+    from bitlaw.allocation.curves import RateDistortion
+    from bitlaw.allocation.pictures import additivity_scatter
+
+    known = RateDistortion.read(curves)
+    model = load_model(context.obj, tokenizer, dtype, device, option)
+    file = out / "additivity.json"
+    with stages() as report:
+        check = check_additivity(model, known, num_plans=plans, seed=seed, file=file, progress=report)
+    for part in check.ranges:
+        verdict = "sums hold" if part.holds else "sums do not hold"
+        out_console.print(f"{part}: {verdict}", highlight=False)
+    write_pictures(out, {"additivity": additivity_scatter(check)}, [file])
+
+
+@analyze_app.command(
+    epilog="Example: `bitlaw analyze ladder/dit-s step-groups --count 4`, then "
+    "`bitlaw quantize ladder/dit-s --precision W4A8c --step-groups 0,4,8,16 --out dit-s-grouped`"
+)
+def step_groups(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="A folder for step-groups.json and step-groups.png.")] = Path("step-groups"),
+    count: Annotated[int, typer.Option(help="Groups whose boundaries the picture has.")] = 4,
+    max_count: Annotated[int, typer.Option(help="Up to how many groups are chosen.")] = 12,
+    images: Annotated[int, typer.Option(help="Images in whose rollouts inputs are observed.")] = 16,
+    protect: Annotated[
+        str, typer.Option(help="Layers that do not count: first-last, none, or site names with commas.")
+    ] = "first-last",
+    guidance: Guidance = None,
+    sampling: Sampling = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    option: Option = None,
+) -> None:
+    """Which steps may share ranges of inputs: the best groups for every number of them, and what they lose."""
+    from bitlaw import Calibration
+    from bitlaw.allocation.curves import CurveSettings
+    from bitlaw.allocation.pictures import group_boundaries
+    from bitlaw.allocation.step_groups import study_step_groups
+    from bitlaw.files import write_json
+    from bitlaw.scaling.summary import text_table
+
+    if count < 1 or max_count < count:
+        raise ValueError(f"--count {count} of --max-count {max_count}: give at least 1, and no more than are chosen")
+    settings_of_images = Calibration(
+        num_images=images, seed=CurveSettings.seed, guidance=guidance, sampling=settings(sampling, "sampling")
+    )
+    model = load_model(context.obj, tokenizer, dtype, device, option)
+    with stages() as report:
+        found = study_step_groups(model, max_count, settings_of_images, parse_protect(protect), report)
+    if count > len(found.starts):
+        raise ValueError(f"--count {count}: the model has {found.num_steps} steps")
+    rows = [
+        [str(len(starts)), ", ".join(map(str, starts)), f"{lost:.3f}", f"{equal:.3f}"]
+        for starts, lost, equal in zip(found.starts, found.bits_lost, found.equal_bits_lost, strict=True)
+    ]
+    table = text_table(["groups", "begin at step", "bits lost", "by equal groups"], rows)
+    out_console.print(table, markup=False, highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "step-groups.json"
+    write_json(
+        file,
+        {
+            "model": context.obj,
+            "starts": found.starts,
+            "bits_lost": found.bits_lost,
+            "equal_bits_lost": found.equal_bits_lost,
+            "ends": found.ends,
+        },
+    )
+    write_pictures(out, {"step-groups": group_boundaries(found, count)}, [file])
 
 
 def _widths(text: str) -> "Sequence[int]":

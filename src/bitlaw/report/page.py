@@ -45,6 +45,7 @@ def render(results: Results, num_resamples: int = 500) -> str:
         "fits": tables.for_each_axis(results, fits, lambda _, fitted: tables.laws_part(results, fitted)),
         "largest": tables.for_each_axis(results, fits, partial(tables.largest_part, results)),
         "claims": tables.for_each_axis(results, fits, partial(tables.claims_part, results)),
+        "additivity": tables.additivity_section(results),
         "protocol": tables.protocol_section(results),
         "style": _read("style.css"),
         "script": _read("report.js"),

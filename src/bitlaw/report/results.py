@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bitlaw.allocation.additivity import Additivity
 from bitlaw.report.recipes import Recipe, recipes_of
 from bitlaw.scaling import Point, points_of_records
 from bitlaw.scaling.cells import Line
@@ -92,6 +93,7 @@ class Results:
     score: Metric
     axes: list[Axis]
     recipes: dict[str, Recipe]
+    additivity: list[Additivity]
 
     @property
     def families(self) -> list[str]:
@@ -126,7 +128,10 @@ class Results:
 
 
 def read_results(study_dir: Path | str) -> Results:
-    """Read a study's results. Raises ValueError if there is no study, or no finished cell with a Fréchet distance."""
+    """Read a study's results, and the checks of additivity beside them (`additivity/NAME/additivity.json`).
+
+    Raises ValueError if there is no study, or no finished cell with a Fréchet distance.
+    """
     directory = StudyDirectory(study_dir)
     study = directory.read_study()
     if study is None:
@@ -143,7 +148,9 @@ def read_results(study_dir: Path | str) -> Results:
     if not axes:
         raise ValueError(f"{study_dir}: the cells have no bits; expected {', '.join(axis.key for axis in AXES)}")
     failed = [record for record in records if record.error is not None]
-    return Results(directory, study, done, failed, metrics, score, axes, recipes_of(record.cell for record in done))
+    recipes = recipes_of(record.cell for record in done)
+    additivity = [Additivity.read(path) for path in sorted(directory.path.glob("additivity/*/additivity.json"))]
+    return Results(directory, study, done, failed, metrics, score, axes, recipes, additivity)
 
 
 def family_label(family: str) -> str:
