@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import bitlaw
+from bitlaw.allocation.curves import CurveSettings
+from bitlaw.allocation.exact import measure_curves
 from bitlaw.linear import Linear
 from bitlaw.models.generator import Noise, replay, rollout
 
@@ -44,3 +46,14 @@ def test_large_linears_are_compiled_too():
     with torch.inference_mode():
         expected = layer(x) * 2
         torch.testing.assert_close(torch.compile(lambda x: layer(x) * 2)(x), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_not_calibrated():
+    """Hooks that come after compilation are passed over, so that all would be measured wrong without a word."""
+    model = bitlaw.load("ladder/var-xs")
+    assert not model.is_compiled
+    assert model.compile().is_compiled
+    for work in (lambda: bitlaw.quantize(model, "W4A16", "gptq"), lambda: measure_curves(model, CurveSettings())):
+        with pytest.raises(ValueError, match="the model is compiled"):
+            work()

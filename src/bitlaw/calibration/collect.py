@@ -268,7 +268,9 @@ def batches(model: ImageGenerator[Any], settings: Calibration) -> Iterator[tuple
 
 
 def as_calibrated(model: ImageGenerator[Any], settings: Calibration) -> ImageGenerator[Any]:
-    """The model under the sampler settings of its calibration."""
+    """The model under the sampler settings of its calibration. ValueError for one whose layers cannot be watched."""
+    if model.is_compiled:
+        raise ValueError("the model is compiled, so that nothing inside can be observed; load it anew, compile last")
     return model.with_sampling(guidance=settings.guidance, **settings.sampling)
 
 

@@ -568,6 +568,11 @@ class ImageGenerator(ABC, Generic[StateT]):
         return list(blocks) if isinstance(blocks, nn.ModuleList) else [self.net]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called: layers inside compiled blocks cannot be watched or replaced any more."""
+        return any(part._compiled_call_impl is not None for part in self.compiled_parts)
+
+    @property
     def device(self) -> torch.device:
         """The device the network is on."""
         return next(self.net.parameters()).device
