@@ -6,6 +6,7 @@ Legend: R rows, I inputs of an output channel, C input channels, B images, H hei
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -212,10 +213,17 @@ def choose_rows(count: int, wanted: int, random: torch.Generator) -> Tensor | No
     """
     if wanted >= count:
         return None
+    begins, sizes, lasts = _parts(count, wanted)
+    within = torch.rand(wanted, generator=random, dtype=torch.float64).mul_(sizes).long()
+    return within.clamp_(max=lasts).add_(begins)
+
+
+@lru_cache(maxsize=256)
+def _parts(count: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`wanted` equal parts of `count` rows: where each begins, how many rows it has, and the last of them."""
     ends = torch.arange(wanted + 1) * count // wanted
     sizes = ends[1:] - ends[:-1]
-    within = (torch.rand(wanted, generator=random, dtype=torch.float64) * sizes).long()
-    return ends[:-1] + within.minimum(sizes - 1)
+    return ends[:-1], sizes, sizes - 1
 
 
 def in_words(num_bytes: int) -> str:
@@ -242,7 +250,7 @@ def _rows(layer: Any, x: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
     """The chosen rows (R, I) of an input, in parts; for a convolution image by image, as windows are many times it."""
     if not isinstance(layer, CONVOLUTIONS):
         rows_RI = x.reshape(-1, x.shape[-1])
-        yield rows_RI if chosen is None else rows_RI[chosen.to(x.device)]
+        yield rows_RI if chosen is None else rows_RI.index_select(0, chosen.to(x.device))
         return
     per_image = _positions(layer, x)
     places = torch.arange(len(x) * per_image) if chosen is None else chosen
