@@ -12,7 +12,15 @@ from bitlaw.scaling import Point, points_of_records
 from bitlaw.scaling.cells import Line
 from bitlaw.scaling.records import Record, StudyDirectory
 
-FAMILY_LABELS = {"var": "VAR", "dit": "DiT"}
+FAMILY_LABELS = {
+    "var": "VAR",
+    "llamagen": "LlamaGen",
+    "mar": "MAR",
+    "dit": "DiT",
+    "large-dit": "Large-DiT",
+    "ddpm": "DDPM",
+    "ldm": "LDM",
+}
 
 
 @dataclass(frozen=True)
