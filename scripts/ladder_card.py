@@ -13,7 +13,7 @@ import torch
 import bitlaw
 from bitlaw.files import write_text
 from bitlaw.ladder import data
-from bitlaw.ladder.model_training import DIT_RECIPES, SIZES, VAR_RECIPES
+from bitlaw.ladder.model_training import DDPM_RECIPES, DDPM_SIZES, DIT_RECIPES, SIZES, VAR_RECIPES
 from bitlaw.metrics import FeatureStatistics, LadderFeatures, extract_features, frechet_distance
 from bitlaw.metrics.evaluation import load_reference
 from bitlaw.metrics.samples import write_grid
@@ -29,11 +29,14 @@ def score_table() -> list[str]:
         "| model | parameters | depth, width, heads | steps x batch | CPU s | FD | FD to reconstructions | IS | loss |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for family, recipes in (("var", VAR_RECIPES), ("dit", DIT_RECIPES)):
-        for size, shape in SIZES.items():
+    families = (("var", VAR_RECIPES, SIZES), ("dit", DIT_RECIPES, SIZES), ("ddpm", DDPM_RECIPES, DDPM_SIZES))
+    for family, recipes, shapes in families:
+        for size, shape in shapes.items():
             content = json.loads((WEIGHTS / f"{family}-{size}" / "metrics.json").read_text())
 
             def spread(metric: str, runs: list[dict[str, float]] = content["runs"]) -> str:
+                if metric not in runs[0]:
+                    return "-"
                 values = [run[metric] for run in runs]
                 return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
@@ -44,7 +47,11 @@ def score_table() -> list[str]:
                 f"| {spread('fd_reconstruction')} | {spread('is')} | {content['loss']:.4f} |"
             )
     first = json.loads((WEIGHTS / "var-xs" / "metrics.json").read_text())
-    lines += ["", f"Mean and standard deviation over {len(first['seeds'])} seeds of {first['num_images']:,} images."]
+    lines += [
+        "",
+        f"Mean and standard deviation over {len(first['seeds'])} seeds of {first['num_images']:,} images. The shape of "
+        "a ddpm is its widths at 24, 12 and 6 px.",
+    ]
     return lines
 
 
@@ -84,6 +91,8 @@ def pictures() -> None:
     for family in ("var", "dit"):
         rows = [bitlaw.load(f"ladder/{family}-{size}").generate(labels, seed=7) for size in SIZES]
         write_grid(DOCS / "images" / f"ladder-{family}.png", torch.cat(rows), 24, zoom=2)
+    drawn = [bitlaw.load(f"ladder/ddpm-{size}").generate(torch.zeros_like(labels), seed=7) for size in DDPM_SIZES]
+    write_grid(DOCS / "images" / "ladder-ddpm.png", torch.cat(drawn), 24, zoom=2)
     write_grid(DOCS / "images" / "ladder-real.png", data.draw("test", 0, 24, labels).images_BCHW, 24, zoom=2)
 
 

@@ -41,13 +41,13 @@ DIT_RECIPES = {
     "m": Recipe(steps=7000, lr=8e-3),
     "l": Recipe(steps=8000, lr=6e-3),
 }
-DDPM_RECIPES = {"s": Recipe(steps=10_000, lr=4e-3)}
+DDPM_RECIPES = {"s": Recipe(steps=8_000, lr=4e-3)}
 
 # `choose_guidance` replaces the guidance; it is the same for all sizes and precisions of a family.
 VAR_SAMPLING = VARSampling(guidance=1.5, top_k=0, top_p=0.0)
 DIT_SAMPLING = DiTSampling(guidance=1.5, num_steps=20, sampler="ddim", guided_channels=None)
 DIT_PROCESS = Diffusion(schedule="squaredcos_cap_v2", prediction="v", variance="fixed_small")
-DDPM_SAMPLING = UNetSampling(num_steps=25, sampler="ddim", clip=True)
+DDPM_SAMPLING = UNetSampling(num_steps=20, sampler="ddim", clip=True)
 DDPM_PROCESS = Diffusion(variance="fixed_large")  # the paper's linear schedule, which the network gives the noise of
 
 
@@ -186,13 +186,20 @@ def ddpm_config(size: str) -> UNetConfig:
 
 
 def train_ddpm(name: str, recipe: Recipe, work: Path, report: Report, seed: int = 0) -> DDPM:
-    """A DDPM: mean squared error of the noise in pixels, every image drawn once. It has no classes."""
+    """A DDPM: mean squared error of the noise in pixels, every image drawn once. It has no classes.
+
+    Convolutions are in bfloat16, which takes two thirds of the time.
+    """
     torch.manual_seed(seed)
     net = UNet(ddpm_config(name.split("-")[1]))
 
+    def output(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x_BCHW, t_B).float()
+
     def loss_at(step: int) -> Tensor:
         images = data.draw("train", step * recipe.batch_size, recipe.batch_size).images_BCHW
-        return denoising_loss(net, DDPM_PROCESS, data.to_float(images), step_generator(step, seed))
+        return denoising_loss(output, DDPM_PROCESS, data.to_float(images), step_generator(step, seed))
 
     net.load_state_dict(train(name, net, recipe, of_loss(loss_at), work, report).weights)
     return DDPM(net, None, DDPM_PROCESS, DDPM_SAMPLING)

@@ -3,7 +3,7 @@
     features    the feature network of the ladder's metrics          |  side by side
     tokenizer   the autoencoder of VAR and DiT                       |
     latents     a pool of training images, encoded once              after the tokenizer
-    var-*, dit-*                                                     side by side, largest first
+    ddpm-*, var-*, dit-*                                             side by side, longest first
     reference   feature statistics of real and reconstructed images  after features and tokenizer
     card        full-precision scores of every model                 last
 
@@ -116,7 +116,7 @@ def save_half(path: Path, tensors: dict[str, Tensor]) -> None:
 
 # ---- the models, their reference, their scores ------------------------------------------------------------
 
-MODELS = tuple(f"{family}-{size}" for size in ("l", "m", "s", "xs") for family in ("var", "dit"))
+MODELS = ("ddpm-s", *(f"{family}-{size}" for size in ("l", "m", "s", "xs") for family in ("var", "dit")))
 GUIDANCES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 GUIDANCE_SIZES = ("s", "l")
 GUIDANCE_SEED, GUIDANCE_IMAGES = 1_000, 1_500
