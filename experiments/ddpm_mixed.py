@@ -20,7 +20,7 @@ study = Study(
     models=("ladder/ddpm-s",),
     precisions=("W16A16", *METHODS_AT),
     methods_at=METHODS_AT,
-    num_images=1500,
+    num_images=1000,
     sampling={"num_steps": 10},
     description="A pixel DDPM with a mean of 8 to 3 bits: by rate-distortion curves, against uniform precision.",
 )
