@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from bitlaw.allocation import solve
@@ -151,6 +151,7 @@ def hull_slopes(curves: Sequence[Curve]) -> list[float]:
 
 
 @given(problems())
+@example([Curve(("site0",), (0, 1, 2, 3), {"bits": (0, 1, 1, 0)}, (1.0, 3.8e-283, 0.0, 1.0))])  # 1 - 3.8e-283 is 1
 def test_at_break_points_of_the_hulls_the_lagrangian_is_exact(curves: list[Curve]) -> None:
     steps = []
     for item in curves:

@@ -364,7 +364,7 @@ def _relax(cost_NW: Integers, distortion_NW: Reals, limit: int) -> _Relaxed:
     """Take the steps along all lower convex hulls, steepest first, until one exceeds the limit.
 
     Every curve begins at its least cost, which is 0. All hulls grow at once, each by the point to which the slope from
-    its end is steepest (the nearest, if several are in line).
+    its end is steepest (the nearest, if several are in line; the lowest, if rounding leaves several points of a cost).
     """
     rows_N = np.arange(len(cost_NW))
     end_N = np.lexsort((distortion_NW, np.where(np.isfinite(distortion_NW), cost_NW, np.iinfo(np.int64).max)))[:, 0]
@@ -376,7 +376,8 @@ def _relax(cost_NW: Integers, distortion_NW: Reals, limit: int) -> _Relaxed:
         ahead_NW = (extra_NW > 0) & (gain_NW > 0)
         slope_NW = np.where(ahead_NW, np.maximum(gain_NW / np.where(ahead_NW, extra_NW, 1), SMALLEST), 0.0)
         steepest_N = slope_NW.max(1)
-        next_N = np.where(slope_NW == steepest_N[:, None], extra_NW, np.iinfo(np.int64).max).argmin(1)
+        nearest_NW = np.where(slope_NW == steepest_N[:, None], extra_NW, np.iinfo(np.int64).max)
+        next_N = np.lexsort((distortion_NW[rows_N], nearest_NW))[:, 0]
         on_N = steepest_N > 0
         # Neither rounding nor points in line may put a step before the one that it follows.
         slope_N = np.maximum(np.minimum(steepest_N, np.nextafter(slope_N, 0)), SMALLEST)
