@@ -34,7 +34,8 @@ def test_every_model_is_there_and_the_package_is_small() -> None:
 def test_loss_is_monotone_in_weight_bits(name: str) -> None:
     """Fewer bits, more loss, on images that training has not seen.
 
-    Between W8 and full precision nothing is left to see: there the losses are equal to 0.4 %.
+    Between W8 and full precision nothing is left to see: there the losses are equal to 0.2 %, DDPM's, which are ten
+    times smaller, to 0.4 %.
     """
     model = bitlaw.load(f"ladder/{name}")
     batch = data.draw("validation", 0, 256)
@@ -45,7 +46,7 @@ def test_loss_is_monotone_in_weight_bits(name: str) -> None:
 
     losses = [loss(precision) for precision in ("W2A16", "W3A16", "W4A16", "W8A16", "W16A16")]
     assert losses[0] > losses[1] > losses[2] > losses[3] * (1 + 1e-5)
-    assert losses[3] == pytest.approx(losses[4], rel=4e-3)
+    assert losses[3] == pytest.approx(losses[4], rel=4e-3 if name.startswith("ddpm") else 2e-3)
 
 
 @pytest.mark.parametrize("family", ["var", "dit"])

@@ -111,11 +111,6 @@ class CurveSettings:
             self.weight_precision(bits)
             self.input_precision(bits)
 
-    @property
-    def middle_width(self) -> int:
-        """The width of the middle, at which tensors can be told apart in a picture."""
-        return self.widths[len(self.widths) // 2]
-
     def weight_precision(self, bits: int) -> TensorPrecision | None:
         """Precision of a weight at a width. ValueError for a width that the numbers have not."""
         if bits == FULL_BITS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlaw.cli.app import app, out_console, stages
+from bitlaw.cli.app import app, out_console, stages, write_pictures
 from bitlaw.cli.options import (
     Device,
     Dtype,
@@ -20,7 +20,6 @@ from bitlaw.cli.options import (
     Tokenizer,
     load_model,
     settings,
-    write_pictures,
 )
 
 if TYPE_CHECKING:
@@ -308,12 +307,12 @@ def _read_curves(path: Path, given: Mapping[str, Any], mode: str | None, step_gr
 def _draw(plan: "BitPlan", curves: "RateDistortion", model: "ImageGenerator[Any]", folder: Path) -> None:
     from bitlaw.allocation import pictures
 
+    chosen = curves.settings
+    middle = chosen.widths[len(chosen.widths) // 2]  # where tensors can be told apart
     drawn = {
         "bits": pictures.bits_by_layer(plan, model.sites()),
         "curves": pictures.rate_distortion(curves, model.sites()),
-        "steps": pictures.distortion_by_step(
-            curves, curves.settings.middle_width, "weight" if curves.settings.what == "weights" else "input"
-        ),
+        "steps": pictures.distortion_by_step(curves, middle, "weight" if chosen.what == "weights" else "input"),
     }
     write_pictures(folder, drawn)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlaw.cli.app import app, out_console, stages
+from bitlaw.cli.app import app, out_console, stages, write_pictures
 from bitlaw.cli.options import (
     Device,
     Dtype,
@@ -18,7 +18,6 @@ from bitlaw.cli.options import (
     load_model,
     parse_protect,
     settings,
-    write_pictures,
 )
 
 if TYPE_CHECKING:
@@ -187,6 +186,8 @@ def step_groups(
     option: Option = None,
 ) -> None:
     """Which steps may share ranges of inputs: the best groups for every number of them, and what they lose."""
+    from dataclasses import asdict
+
     from bitlaw import Calibration
     from bitlaw.allocation.curves import CurveSettings
     from bitlaw.allocation.pictures import group_boundaries
@@ -210,18 +211,8 @@ def step_groups(
     ]
     table = text_table(["groups", "begin at step", "bits lost", "by equal groups"], rows)
     out_console.print(table, markup=False, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "step-groups.json"
-    write_json(
-        file,
-        {
-            "model": context.obj,
-            "starts": found.starts,
-            "bits_lost": found.bits_lost,
-            "equal_bits_lost": found.equal_bits_lost,
-            "ends": found.ends,
-        },
-    )
+    write_json(file, {"model": context.obj, **asdict(found)})
     write_pictures(out, {"step-groups": group_boundaries(found, count)}, [file])
 
 

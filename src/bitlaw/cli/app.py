@@ -1,8 +1,11 @@
 """The application that commands register with, and its way of printing."""
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -15,6 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 app = typer.Typer(
     name="bitlaw",
@@ -107,3 +113,14 @@ def escape(text: str) -> str:
 def minutes(seconds: float) -> str:
     """Seconds as people say them."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def write_pictures(folder: Path, drawn: "Mapping[str, Figure]", others: "Sequence[Path]" = ()) -> None:
+    """Write figures by their names, and print what was written, `others` before: pages where there is no Chromium."""
+    from bitlaw.figures import write_figure
+
+    suffix = ".png" if shutil.which("chromium") else ".html"
+    written = [*others, *(folder / f"{name}{suffix}" for name in drawn)]
+    for name, figure in drawn.items():
+        write_figure(folder / f"{name}{suffix}", figure)
+    out_console.print("written: " + ", ".join(map(str, written)), highlight=False)

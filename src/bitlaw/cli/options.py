@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from plotly.graph_objects import Figure
-
     from bitlaw.calibration.settings import Calibration
     from bitlaw.models.generator import ImageGenerator
 
@@ -128,18 +124,3 @@ def refuse_existing(out: Path) -> None:
     """ValueError if something that is no checkpoint is in the way."""
     if out.exists() and not (out / "config.json").exists():
         raise ValueError(f"{out} exists and is not a checkpoint; give another --out")
-
-
-def write_pictures(folder: Path, drawn: "Mapping[str, Figure]", others: "Sequence[Path]" = ()) -> None:
-    """Write figures by their names, and print what was written, `others` before: pages where there is no Chromium."""
-    import shutil
-
-    from bitlaw.cli.app import out_console
-    from bitlaw.figures import write_figure
-
-    suffix = ".png" if shutil.which("chromium") else ".html"
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [*others, *(folder / f"{name}{suffix}" for name in drawn)]
-    for name, figure in drawn.items():
-        write_figure(folder / f"{name}{suffix}", figure)
-    out_console.print("written: " + ", ".join(map(str, written)), highlight=False)
