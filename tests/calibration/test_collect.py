@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bitlaw
-from bitlaw.calibration.collect import Collector, choose_rows, collect
+from bitlaw.calibration.collect import Collector, collect
 from bitlaw.calibration.histogram import Histograms
 from bitlaw.calibration.settings import Calibration
 from bitlaw.models.generator import Noise, rollout
@@ -140,14 +140,30 @@ def test_memory_stated_beforehand_is_what_is_held(needs) -> None:
 def tensors_of(seen):
     """What a collector holds of a layer."""
     moments = [seen.moments._sum, seen.moments._buffer_RI] if seen.moments else []
-    ends = [seen.low_C, seen.high_C]
-    counts = [histogram.counts_K for histogram in seen.histograms.counted_S()] if seen.histograms else []
+    ends, counts = [], []
+    if seen.extremes:
+        seen.extremes.fold()
+        ends = [seen.extremes.low_C, seen.extremes.high_C, seen.extremes.ends_S2]
+    if seen.histograms:
+        counts = [histogram.counts_K for histogram in seen.histograms.counted_S(seen.extremes.ends_S2)]
     return [x for x in (*moments, *ends, *seen.rows, *counts) if x is not None]
 
 
 def made_by(stats):
     """What `stats` makes beside it."""
     return [x for x in (stats.second_moment_I, stats.hessian_II) if x is not None]
+
+
+def test_extremes_are_of_their_step_group(model) -> None:
+    """And only what is asked for is told."""
+    names = [site.name for site in model.sites()]
+    ends = collect(model, SETTINGS, names, frozenset({"ends_S2"}), step_groups=(0, 2))
+    whole = collect(model, SETTINGS, names, frozenset({"low_C"}))
+    for name in names:
+        low_S, high_S = ends[name].ends_S2.T
+        assert (low_S.min(), high_S.max()) == (whole[name].low_C.min(), whole[name].high_C.max())
+        assert ends[name].low_C is None and whole[name].ends_S2 is None
+    assert any(len(stats.ends_S2.unique()) == 4 for stats in ends.values())
 
 
 def test_watching_ends() -> None:
@@ -167,26 +183,6 @@ def test_watching_ends() -> None:
 def test_settings_that_cannot_be(bad, said) -> None:
     with pytest.raises(ValueError, match=said):
         Calibration(**bad)
-
-
-@pytest.mark.parametrize(("count", "wanted"), [(1152, 72), (1000, 999), (7, 3), (5, 5), (10**6, 4096)])
-def test_rows_are_chosen_in_order_and_from_everywhere(count: int, wanted: int) -> None:
-    random = torch.Generator().manual_seed(0)
-    rows = choose_rows(count, wanted, random)
-    if wanted == count:
-        assert rows is None
-        return
-    assert rows is not None
-    assert len(rows) == wanted and int(rows[0]) >= 0 and int(rows[-1]) < count
-    assert (rows.diff() > 0).all()
-
-
-def test_no_position_of_an_image_is_overlooked() -> None:
-    """36 tokens an image, one row of 16: a spacing of 16 would meet 9 of them."""
-    random = torch.Generator().manual_seed(0)
-    chosen = [choose_rows(32 * 36, 72, random) for _ in range(20)]
-    met = torch.bincount(torch.cat([rows % 36 for rows in chosen if rows is not None]), minlength=36)
-    assert len(met) == 36 and met.min() > 0.4 * met.float().mean()
 
 
 def test_moments_of_few_rows_are_about_those_of_all() -> None:

@@ -46,7 +46,9 @@ def test_what_is_counted_together_is_counted_as_one_by_one() -> None:
     groups = [i // 3 % 2 for i in range(40)]
     for x, group in zip(parts, groups, strict=True):
         made.add(x, group)
-    for group, histogram in enumerate(made.counted_S()):
+    wholes = [torch.cat([x for x, other in zip(parts, groups, strict=True) if other == group]) for group in (0, 1)]
+    ends_S2 = torch.stack([torch.stack([whole.min(), whole.max()]) for whole in wholes])
+    for group, histogram in enumerate(made.counted_S(ends_S2)):
         expected = of(*(x for x, other in zip(parts, groups, strict=True) if other == group))
         assert torch.equal(histogram.counts_K, expected.counts_K)
         assert (histogram.bound, histogram.low, histogram.high) == (expected.bound, expected.low, expected.high)
@@ -59,7 +61,7 @@ def test_of_large_tensors_every_channel_is_counted_alike(shape: tuple[int, ...])
     channels = torch.arange(shape[axis], dtype=torch.float32)
     made = Histograms(1)
     made.add(channels.view(-1, *[1] * (len(shape) - 2) if axis == 1 else ()).expand(shape).clone() + 0.5, 0)
-    (histogram,) = made.counted_S()
+    (histogram,) = made.counted_S(torch.tensor([[0.5, shape[axis] - 0.5]]))
     counts = histogram.counts_K.nonzero()[:, 0]
     assert len(counts) == shape[axis] and histogram.total < 2 * 8192
     of_each = histogram.counts_K[counts]

@@ -87,6 +87,17 @@ def test_other_types_and_layouts() -> None:
         assert_close(moments.hessian_II, expected(given.detach()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chosen_rows_are_those_that_count(dtype: torch.dtype) -> None:
+    x = rows(3000, 24).to(dtype)
+    chosen = torch.arange(0, 3000, 2)  # more than a buffer holds
+    moments, given = Moments(24, hessian=True), Moments(24, hessian=True)
+    moments.add(x, 2.0, chosen)
+    given.add(x[::2], 2.0)
+    assert moments.num_rows == 1500
+    assert torch.equal(moments.hessian_II, given.hessian_II)
+
+
 def test_float64_sums_keep_what_float32_would_lose() -> None:
     """After 1024 rows of 4096, each buffer of 0.5 is below half a bit of a float32 sum; together they are 5 bits."""
     moments = Moments(2, hessian=True)

@@ -6,7 +6,6 @@ Legend: R rows, I inputs of an output channel, C input channels, B images, H hei
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlaw.calibration.draws import RowDraws
+from bitlaw.calibration.extremes import Extremes
 from bitlaw.calibration.histogram import Histograms
 from bitlaw.calibration.moments import Moments
 from bitlaw.calibration.settings import Calibration
@@ -37,6 +38,8 @@ _WORDS = {
     "histograms_S": "histograms",
 }
 
+_FROM_EXTREMES = frozenset({"low_C", "high_C", "ends_S2", "histograms_S"})
+
 
 def num_inputs(layer: nn.Module) -> int:
     """I of a linear or convolution."""
@@ -54,10 +57,8 @@ class _Seen:
 
     share: float
     moments: Moments | None = None
+    extremes: Extremes | None = None
     histograms: Histograms | None = None
-    low_C: Tensor | None = None
-    high_C: Tensor | None = None
-    ends_S2: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
     num_sampled: int = 0
     calls: int = 0
@@ -85,18 +86,17 @@ class Collector:
         self.layers = {name: model.net.get_submodule(name) for name in names}
         self.expected_rows = dict(expected_rows or {})
         self.seen = {name: self._nothing(name) for name in self.layers}
-        self._random = torch.Generator().manual_seed(settings.seed)
-        self._needs_ends, self._needs_rows = not needs.isdisjoint({"low_C", "high_C"}), "rows_RI" in needs
+        self._draws = RowDraws(settings.seed)
 
     def _nothing(self, name: str) -> _Seen:
         width = num_inputs(self.layers[name])
         seen = _Seen(min(1.0, self.settings.rows_per_input * width / max(self.expected_rows.get(name, 0.0), 1.0)))
         if {"second_moment_I", "hessian_II"} & self.needs:
             seen.moments = Moments(width, hessian="hessian_II" in self.needs)
+        if not self.needs.isdisjoint(_FROM_EXTREMES):
+            seen.extremes = Extremes(len(self.step_groups))
         if "histograms_S" in self.needs:
             seen.histograms = Histograms(len(self.step_groups))
-        if "ends_S2" in self.needs:
-            seen.ends_S2 = torch.tensor([torch.inf, -torch.inf]).repeat(len(self.step_groups), 1)
         return seen
 
     @contextmanager
@@ -110,36 +110,28 @@ class Collector:
                 hook.remove()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        seen, is_convolution = self.seen[name], isinstance(self.layers[name], CONVOLUTIONS)
+
         def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            is_convolution = isinstance(layer, CONVOLUTIONS)
             if (scaling := getattr(layer, "scaling", None)) is not None:
                 x = scaling.of_images(x) if is_convolution else scaling(x)
             # Models run in inference mode; what is kept of them may be differentiated through later.
             with torch.inference_mode(False), torch.no_grad():
-                self._record(name, layer, x, is_convolution)
-            self.seen[name].calls += 1
+                if seen.extremes is not None:
+                    group = step_group(self.step_groups, self.model.clock.step)
+                    seen.extremes.add(x, group, (0, 2, 3) if is_convolution else tuple(range(x.ndim - 1)))
+                    if seen.histograms is not None:
+                        seen.histograms.add(x, group)
+                self._take_rows(name, layer, x)
+            seen.calls += 1
 
         return see
 
-    def _record(self, name: str, layer: nn.Module, x: Tensor, is_convolution: bool) -> None:
-        seen = self.seen[name]
-        ends = None
-        if self._needs_ends:
-            over = (0, 2, 3) if is_convolution else tuple(range(x.ndim - 1))
-            low_C, high_C = x.amin(over).float(), x.amax(over).float()
-            seen.low_C = low_C if seen.low_C is None else seen.low_C.minimum(low_C)
-            seen.high_C = high_C if seen.high_C is None else seen.high_C.maximum(high_C)
-            ends = float(low_C.min()), float(high_C.max())
-        if seen.ends_S2 is not None:
-            low, high = seen.ends_S2[step_group(self.step_groups, self.model.clock.step)]
-            ends = ends or (float(x.min()), float(x.max()))
-            low.copy_(low.minimum(torch.tensor(ends[0])))  # which passes NaN on, as `min` does not
-            high.copy_(high.maximum(torch.tensor(ends[1])))
-        if seen.histograms is not None:
-            seen.histograms.add(x, step_group(self.step_groups, self.model.clock.step), ends)
-        needs_rows = self._needs_rows and seen.num_sampled < self.settings.sample_rows
-        if seen.moments is None and not needs_rows:
+    def _take_rows(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        seen, settings = self.seen[name], self.settings
+        left = settings.sample_rows - seen.num_sampled if "rows_RI" in self.needs else 0
+        if seen.moments is None and not left:
             return
         count = _num_rows(layer, x)
         if seen.moments is not None:
@@ -147,16 +139,17 @@ class Collector:
             wanted = min(count, int(seen.owed + 1e-6))
             seen.owed -= wanted
             if wanted:
-                weight = 1.0 / wanted if self.settings.balanced_steps else count / wanted
-                for rows_RI in _rows(layer, x, choose_rows(count, wanted, self._random)):
-                    seen.moments.add(rows_RI, weight)
-        if needs_rows:
+                weight = 1.0 / wanted if settings.balanced_steps else count / wanted
+                for rows_RI, chosen in _rows(layer, x, self._draws.choose(count, wanted)):
+                    seen.moments.add(rows_RI, weight, chosen)
+        if left:
             expected = max(self.expected_rows.get(name, 0.0), count)
-            wanted = min(count, ceil(self.settings.sample_rows * count / expected))
-            wanted = min(wanted, self.settings.sample_rows - seen.num_sampled)
+            wanted = min(count, ceil(settings.sample_rows * count / expected), left)
             seen.num_sampled += wanted
-            # Copied: what is chosen may be a view of all that entered.
-            seen.rows += [part.float().clone() for part in _rows(layer, x, choose_rows(count, wanted, self._random))]
+            for rows_RI, chosen in _rows(layer, x, self._draws.choose(count, wanted)):
+                # Copied: where all are chosen, they are a view of what entered.
+                taken = rows_RI.clone() if chosen is None else rows_RI.index_select(0, chosen)
+                seen.rows.append(taken.float())
 
     def num_bytes(self) -> int:
         """Bytes that the statistics take when all has been seen, and `stats` has been called."""
@@ -167,11 +160,10 @@ class Collector:
         width, size = num_inputs(layer), Histograms.num_bytes(len(self.step_groups)) if seen.histograms else 0
         if (moments := seen.moments) is not None:
             size += Moments.num_bytes(width, moments.hessian) + 4 * width * (1 + width * moments.hessian)
-        if self._needs_ends:
-            size += 2 * 4 * (int(layer.in_channels) if isinstance(layer, CONVOLUTIONS) else width)
-        if seen.ends_S2 is not None:
-            size += seen.ends_S2.nbytes
-        if self._needs_rows:
+        if seen.extremes is not None:
+            num_channels = int(layer.in_channels) if isinstance(layer, CONVOLUTIONS) else width
+            size += Extremes.num_bytes(num_channels, len(self.step_groups))
+        if "rows_RI" in self.needs:
             size += 4 * width * self.settings.sample_rows
         return size
 
@@ -192,38 +184,20 @@ class Collector:
         return {name: self._stats(seen) for name, seen in self.seen.items()}
 
     def _stats(self, seen: _Seen) -> InputStats:
-        moments = seen.moments
+        moments, extremes = seen.moments, seen.extremes
+        by_channel = not self.needs.isdisjoint({"low_C", "high_C"})
+        if extremes is not None:
+            extremes.fold()
         return InputStats(
             second_moment_I=moments.second_moment_I if moments else None,
             hessian_II=moments.hessian_II if moments and "hessian_II" in self.needs else None,
-            low_C=seen.low_C,
-            high_C=seen.high_C,
-            ends_S2=seen.ends_S2,
+            low_C=extremes.low_C if extremes and by_channel else None,
+            high_C=extremes.high_C if extremes and by_channel else None,
+            ends_S2=extremes.ends_S2 if extremes and "ends_S2" in self.needs else None,
             rows_RI=torch.cat(seen.rows) if seen.rows else None,
-            histograms_S=seen.histograms.counted_S() if seen.histograms else None,
+            histograms_S=seen.histograms.counted_S(extremes.ends_S2) if seen.histograms and extremes else None,
             num_rows=moments.num_rows if moments else 0,
         )
-
-
-def choose_rows(count: int, wanted: int, random: torch.Generator) -> Tensor | None:
-    """`wanted` of `count` rows in order, int64: one at random of each of as many equal parts; None for all.
-
-    Not every so many: rows come image by image, and a spacing that shares a factor with the tokens of an image would
-    see some of its positions only.
-    """
-    if wanted >= count:
-        return None
-    begins, sizes, lasts = _parts(count, wanted)
-    within = torch.rand(wanted, generator=random, dtype=torch.float64).mul_(sizes).long()
-    return within.clamp_(max=lasts).add_(begins)
-
-
-@lru_cache(maxsize=256)
-def _parts(count: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`wanted` equal parts of `count` rows: where each begins, how many rows it has, and the last of them."""
-    ends = torch.arange(wanted + 1) * count // wanted
-    sizes = ends[1:] - ends[:-1]
-    return ends[:-1], sizes, sizes - 1
 
 
 def in_words(num_bytes: int) -> str:
@@ -246,20 +220,24 @@ def _positions(layer: Any, x_BCHW: Tensor) -> int:
     return sides[0] * sides[1]
 
 
-def _rows(layer: Any, x: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
-    """The chosen rows (R, I) of an input, in parts; for a convolution image by image, as windows are many times it."""
+def _rows(layer: Any, x: Tensor, chosen: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Parts of the rows (R, I) of an input and which of them are chosen, None for all.
+
+    Of a convolution they come image by image, as windows are many times what they are made of.
+    """
+    if chosen is not None:
+        chosen = chosen.to(x.device)
     if not isinstance(layer, CONVOLUTIONS):
-        rows_RI = x.reshape(-1, x.shape[-1])
-        yield rows_RI if chosen is None else rows_RI.index_select(0, chosen.to(x.device))
+        yield x.reshape(-1, x.shape[-1]), chosen
         return
     per_image = _positions(layer, x)
-    places = torch.arange(len(x) * per_image) if chosen is None else chosen
     for i, image in enumerate(x):
-        mine = places[(places >= i * per_image) & (places < (i + 1) * per_image)] - i * per_image
-        if len(mine):
+        mine = None
+        if chosen is not None:
+            mine = chosen[(chosen >= i * per_image) & (chosen < (i + 1) * per_image)] - i * per_image
+        if mine is None or len(mine):
             reach: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            windows_RI = F.unfold(image[None], *reach)[0].T
-            yield windows_RI[mine.to(x.device)]
+            yield F.unfold(image[None], *reach)[0].T, mine
 
 
 def batches(model: ImageGenerator[Any], settings: Calibration) -> Iterator[tuple[Any, Noise]]:

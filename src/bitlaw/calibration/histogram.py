@@ -46,71 +46,67 @@ class Histogram:
         width = 2 * self.bound / len(self.counts_K)
         return (torch.arange(len(self.counts_K)) + 0.5) * width - self.bound
 
-    def add(self, x: Tensor, ends: tuple[float, float] | None = None) -> "Histogram":
-        """With the numbers of a tensor. `ends` are the least and the greatest of these or of more, where known."""
-        low, high = ends or (float(x.min()), float(x.max()))
-        here = self._widened(max(high, -low))
+    def add(self, x: Tensor) -> "Histogram":
+        """With the numbers of a tensor."""
+        here = self.reaching(float(x.min()), float(x.max()))
         x_N = x.detach().flatten()
         # Exact, the factor being a power of two: a wider histogram finds each number in the pair its bin merges into.
         half = len(self.counts_K) // 2
         bins = (x_N.float() * (half / here.bound)).floor_().to(torch.int32).add_(half).clamp_(0, 2 * half - 1)
         counts_K = here.counts_K + torch.bincount(bins, minlength=len(self.counts_K)).cpu()
-        return Histogram(counts_K, here.bound, min(self.low, low), max(self.high, high))
+        return replace(here, counts_K=counts_K)
 
-    def _widened(self, magnitude: float) -> "Histogram":
+    def reaching(self, low: float, high: float) -> "Histogram":
+        """The same counts in bins that go as far as these numbers, which are its extremes if they are beyond them."""
         counts_K, bound = self.counts_K, self.bound
-        if not isfinite(self.low):  # nothing to merge yet
-            while bound < magnitude:
-                bound *= 2
-            return replace(self, bound=bound)
-        while bound < magnitude:
-            quarter = len(counts_K) // 4
-            merged = counts_K.view(-1, 2).sum(1)
-            counts_K = torch.zeros_like(counts_K)
-            counts_K[quarter : 3 * quarter] = merged
+        while bound < max(high, -low):
             bound *= 2
-        return Histogram(counts_K, bound, self.low, self.high)
+            if isfinite(self.low):  # there is something to merge
+                quarter = len(counts_K) // 4
+                merged = counts_K.view(-1, 2).sum(1)
+                counts_K = torch.zeros_like(counts_K)
+                counts_K[quarter : 3 * quarter] = merged
+        return Histogram(counts_K, bound, min(self.low, low), max(self.high, high))
 
 
 class Histograms:
     """Histograms that are made of many tensors, of whose numbers few are counted, and many at a time.
 
-    Of a large tensor evenly spaced numbers are counted, every channel alike; the extremes are of all.
+    Of a large tensor evenly spaced numbers are counted, every channel alike. `Extremes` are kept elsewhere, of all.
     """
 
     def __init__(self, count: int):
         self._counted_S = [Histogram.empty() for _ in range(count)]
         self._waiting: list[Tensor] = []
-        self._num_waiting, self._group, self._low, self._high = 0, 0, torch.inf, -torch.inf
+        self._num_waiting, self._group = 0, 0
 
     @staticmethod
     def num_bytes(count: int) -> int:
         """Bytes that are held while tensors are added."""
         return 8 * NUM_BINS * count + 4 * (_MOST_WAITING + 2 * _MOST_COUNTED)
 
-    def add(self, x: Tensor, group: int, ends: tuple[float, float] | None = None) -> None:
-        """Take a tensor in for histogram number `group`. `ends` are its least and greatest numbers, where known."""
+    def add(self, x: Tensor, group: int) -> None:
+        """Take a tensor in for histogram number `group`."""
         if group != self._group:
             self._count()
             self._group = group
-        low, high = ends or (float(x.min()), float(x.max()))
-        self._low, self._high = min(self._low, low), max(self._high, high)
         x_N = x.detach().flatten()
-        self._waiting.append(x_N[:: _step(len(x_N))].to(torch.float32, copy=True))
-        self._num_waiting += len(self._waiting[-1])
+        counted_N = x_N[:: _step(len(x_N))]
+        self._waiting.append(counted_N.to(torch.float32, copy=True))
+        self._num_waiting += len(counted_N)
         if self._num_waiting >= _MOST_WAITING:
             self._count()
 
-    def counted_S(self) -> tuple[Histogram, ...]:
-        """The histograms of all that was added."""
+    def counted_S(self, ends_S2: Tensor) -> tuple[Histogram, ...]:
+        """The histograms of all that was added; `ends_S2` are the least and the greatest number of each."""
         self._count()
-        return tuple(self._counted_S)
+        ends = ((float(low), float(high)) for low, high in ends_S2)
+        return tuple(h.reaching(low, high) for h, (low, high) in zip(self._counted_S, ends, strict=True))
 
     def _count(self) -> None:
         if self._waiting:
-            before, ends = self._counted_S[self._group], (self._low, self._high)
-            self._counted_S[self._group] = before.add(torch.cat(self._waiting), ends)
-            self._waiting, self._num_waiting, self._low, self._high = [], 0, torch.inf, -torch.inf
+            self._counted_S[self._group] = self._counted_S[self._group].add(torch.cat(self._waiting))
+            self._waiting, self._num_waiting = [], 0
 
 
 def _step(size: int) -> int:

@@ -13,6 +13,9 @@ from bitlaw.linear import product
 _BUFFER_ROWS = 1024
 """Rows multiplied at a time. The sums, in float64, are read and written once for so many."""
 
+_SUMMED_ROWS = 256
+"""Rows whose squares are summed at a time. torch sums a float64 copy of them, which is to stay in the cache."""
+
 _BLOCK = 128
 """Inputs of a block. E[x x^T] is symmetric: of every block only the products with itself and what follows are taken."""
 
@@ -41,8 +44,11 @@ class Moments:
         return num_inputs * (4 * _BUFFER_ROWS + 8 * (num_inputs if hessian else 1))
 
     @torch.no_grad()
-    def add(self, x_RI: Tensor, weight: float = 1.0) -> None:
-        """Take in rows of any float type, each of which counts `weight` times: steps can be balanced by it."""
+    def add(self, x_RI: Tensor, weight: float = 1.0, chosen: Tensor | None = None) -> None:
+        """Take in rows of any float type, each of which counts `weight` times: steps can be balanced by it.
+
+        chosen: indices of those that are taken; None for all
+        """
         if x_RI.ndim != 2 or x_RI.shape[1] != self.num_inputs:
             raise ValueError(f"rows of shape {tuple(x_RI.shape)}, expected (rows, {self.num_inputs})")
         if not (isfinite(weight) and weight > 0):
@@ -51,18 +57,24 @@ class Moments:
             self._buffer_RI = x_RI.new_empty(_BUFFER_ROWS, self.num_inputs, dtype=torch.float32)
             shape = (self.num_inputs, self.num_inputs) if self.hessian else (self.num_inputs,)
             self._sum = x_RI.new_zeros(shape, dtype=torch.float64)
+        num_rows = len(x_RI) if chosen is None else len(chosen)
         begin = 0
-        while begin < len(x_RI):
-            count = min(len(x_RI) - begin, _BUFFER_ROWS - self._waiting)
+        while begin < num_rows:
+            count = min(num_rows - begin, _BUFFER_ROWS - self._waiting)
             place_RI = self._buffer_RI[self._waiting : self._waiting + count]
-            place_RI.copy_(x_RI[begin : begin + count])
+            if chosen is None:
+                place_RI.copy_(x_RI[begin : begin + count])
+            elif x_RI.dtype == torch.float32:
+                torch.index_select(x_RI, 0, chosen[begin : begin + count], out=place_RI)
+            else:
+                place_RI.copy_(x_RI.index_select(0, chosen[begin : begin + count]))
             if weight != 1:
                 place_RI.mul_(sqrt(weight))
             begin, self._waiting = begin + count, self._waiting + count
             if self._waiting == _BUFFER_ROWS:
                 self._flush()
-        self.num_rows += len(x_RI)
-        self._weight += weight * len(x_RI)
+        self.num_rows += num_rows
+        self._weight += weight * num_rows
 
     @property
     def second_moment_I(self) -> Tensor:
@@ -104,7 +116,8 @@ class Moments:
         rows_RI = self._buffer_RI[: self._waiting]
         self._waiting = 0
         if not self.hessian:
-            self._sum += rows_RI.square().sum(0, dtype=torch.float64)
+            for part_RI in rows_RI.split(_SUMMED_ROWS):
+                self._sum += part_RI.square().sum(0, dtype=torch.float64)
             return
         rows_IR = rows_RI.T.contiguous()  # all at once: much faster than one call's rows after the other
         for begin in range(0, self.num_inputs, _BLOCK):
