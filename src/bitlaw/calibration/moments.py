@@ -87,12 +87,14 @@ class Moments:
         """E[x x^T] over all rows, float32, symmetric to the bit. Errors as for `second_moment_I`."""
         assert self.hessian, "not collected"
         sum_II = self._flushed()
-        mean_II = (sum_II / self._weight).float()
-        for begin in range(0, self.num_inputs, _BLOCK):  # the upper half from the lower one
+        mean_II = torch.empty_like(sum_II, dtype=torch.float32)
+        for begin in range(0, self.num_inputs, _BLOCK):  # block by block, so that no other matrix is as large
             end = begin + _BLOCK
-            mean_II[begin:end, end:] = mean_II[end:, begin:end].T
-            diagonal_JJ = mean_II[begin:end, begin:end]
+            panel_IJ = (sum_II[begin:, begin:end] / self._weight).float()
+            diagonal_JJ = panel_IJ[:_BLOCK]
             diagonal_JJ.copy_(diagonal_JJ.tril() + diagonal_JJ.tril(-1).T)
+            mean_II[begin:, begin:end] = panel_IJ
+            mean_II[begin:end, end:] = panel_IJ[_BLOCK:].T
         return mean_II
 
     def _flushed(self) -> Tensor:
