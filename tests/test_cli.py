@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from bitlaw.cli import app
+from bitlaw.cli import app, main
 
 DATA = Path(__file__).parent / "data"
 
@@ -178,11 +178,28 @@ def test_distill_then_info_and_on_from_there(tmp_path: Path, monkeypatch: pytest
         (["study", "nowhere.py"], "no such file"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bitlaw.cli", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bitlaw", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2, printed
+    assert message in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_so_it_is_from_a_shell(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "bitlaw.cli", "generate", "ladder/var-x"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr
+    assert "did you mean ladder/var-xs" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
