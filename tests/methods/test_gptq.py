@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitlaw.calibration import InputStats
 from bitlaw.formats import FORMATS, Codebook, IntegerFormat
-from bitlaw.methods.gptq import GPTQ, factorize
+from bitlaw.methods.gptq import GPTQ, _clearly_loses_more, _Columns, factorize
 from bitlaw.packing import pack, unpack
 from bitlaw.quantized import QuantizedTensor, WeightSpec
 
@@ -262,6 +262,24 @@ def test_falls_back_to_rtn_where_that_is_better() -> None:
             plain = obq(weight, hessian_of(x), spec)
             found += float((x @ (weight - plain).T).square().mean()) > rtn
     assert found > 3
+
+
+@pytest.mark.parametrize("directions", [1, 3, 96])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_error_of_rounding_is_estimated_only_where_that_is_clear(directions: int, act_order: bool) -> None:
+    """The fewer directions inputs have, the less is known from probes: then the error itself has to be computed."""
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        weight = torch.randn(600, 96, generator=g)
+        x = torch.randn(512, directions, generator=g) @ torch.randn(directions, 96, generator=g)
+        hessian, spec = hessian_of(x), WeightSpec(FORMATS["int3"], 32)
+        order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+        ordered = hessian if order is None else hessian[order][:, order]
+        factor, damping = factorize(ordered, 0.01)
+        columns = _Columns(spec, weight, factor, order)
+        loss = 512 * 600 * output_error(weight, spec.quantize(weight), x) / float(512 * hessian.diagonal().mean())
+        assert not _clearly_loses_more(columns, damping, loss)
+        assert _clearly_loses_more(columns, damping, 0.5 * loss) or directions < 96
 
 
 def test_float16_weights_and_hessians_of_float64() -> None:

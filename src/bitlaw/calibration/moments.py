@@ -124,4 +124,5 @@ class Moments:
         rows_IR = rows_RI.T.contiguous()  # all at once: much faster than one call's rows after the other
         for begin in range(0, self.num_inputs, _BLOCK):
             block_JR = rows_IR[begin : begin + _BLOCK]
-            self._sum[begin:, begin : begin + _BLOCK] += product(rows_IR[begin:], block_JR)
+            # Not `+=`, by which Python would also assign the sum to its own place: a copy of it.
+            self._sum[begin:, begin : begin + _BLOCK].add_(product(rows_IR[begin:], block_JR))

@@ -16,7 +16,7 @@ Legend: O output channels, I inputs of an output channel, N inputs of a group, J
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
@@ -35,8 +35,20 @@ _log = logging.getLogger(__name__)
 _NEIGHBOURS = 32
 """Columns that reach one another one at a time, not by a matrix product."""
 
+_TOGETHER = 512
+"""Columns that wait together for the errors before them: products of matrices so wide are the fastest."""
+
 _FACTOR_BLOCK = 128
 """Columns factorized at a time."""
+
+_COMPARED_ROWS = 256
+"""Rows of a weight that are compared with rounding to nearest at a time; they are to stay in the cache."""
+
+_PROBES = 32
+"""Directions by which the output error of rounding to nearest is estimated."""
+
+_CLEARLY = 6.0
+"""Standard errors of that estimate by which it is to be above an error in order to be the larger one."""
 
 _LARGEST_DAMPING = 1e6
 """Of a diagonal: with it any matrix whose entries are not much above its diagonal can be factorized."""
@@ -206,6 +218,8 @@ class _Columns:
             below = [size for size in sizes if size < self.group_size]
             sizes = list(dict.fromkeys([*above, self.group_size, *below]))
             self.fit_size = sizes[0] if fit_by_block else self.group_size
+        if 2 * sizes[0] <= _TOGETHER:
+            sizes = [_TOGETHER // sizes[0] * sizes[0], *sizes]
         room_BO = torch.empty_like(self.error_IO[: sizes[0]])
         for begin in range(0, len(self.error_IO), sizes[0]):
             end = min(begin + sizes[0], len(self.error_IO))
@@ -221,6 +235,18 @@ class _Columns:
             params = {name: torch.stack([p[name] for p in self.refitted], 1).flatten(0, 1) for name in names}
         codes_IO = self.codes_IO if self.order_I is None else self.codes_IO[self.order_I.argsort()]
         return QuantizedTensor(codes_IO.T.contiguous(), params, self.spec, tuple(self.weight_OI.shape))
+
+    def errors_of_nearest(self) -> Iterator[Tensor]:
+        """w - q of rounding to nearest, in the order of `factor_II`, some rows (o, I) after the others."""
+        num_outputs, num_inputs = self.weight_OI.shape
+        per_row = num_inputs // self.group_size
+        for first in range(0, num_outputs, _COMPARED_ROWS):
+            rows, params = slice(first, first + _COMPARED_ROWS), self.params
+            if self.spec.group_size != "tensor":
+                params = {name: value[first * per_row : rows.stop * per_row] for name, value in params.items()}
+            part_oI = self.weight_OI[rows]
+            nearest_oI = self.spec.format.nearest(part_oI.reshape(-1, self.group_size), params).view_as(part_oI)
+            yield self.in_order(part_oI - nearest_oI)
 
     def _round_block(self, start: int, end: int, sizes: Sequence[int]) -> None:
         """Round a block of sizes[0] columns, whose targets know of everything before it, in blocks of sizes[1] ..."""
@@ -317,28 +343,34 @@ def _nearest_loses_less(columns: _Columns, damping: float) -> bool:
     """Whether rounding to nearest has a smaller output error than the columns have.
 
     Both errors are those of the damped Hessian less what the damping adds, damping * |w - q|^2 (`factorize` gives a
-    Hessian a diagonal of 1). Rows only add to it: mostly half of them are enough to know.
+    Hessian a diagonal of 1). That of rounding to nearest is estimated first, which is mostly enough to know.
     """
-    spec, weight_OI, factor_II = columns.spec, columns.weight_OI, columns.factor_II
     weighted_I = columns.rest_I.double() * columns.diagonal_I.double()
     bound = float((weighted_I.square() - damping * columns.error_I.double().square()).sum())
-    num_outputs, num_inputs = weight_OI.shape
-    per_row, count, loss = num_inputs // columns.group_size, 256, 0.0
-    blocks = [slice(begin, min(begin + _FACTOR_BLOCK, num_inputs)) for begin in range(0, num_inputs, _FACTOR_BLOCK)]
-    panels = [factor_II[: block.stop, block].contiguous() for block in blocks]
-    for first in range(0, num_outputs, count):
-        rows, params = slice(first, first + count), columns.params
-        if spec.group_size != "tensor":
-            params = {name: value[first * per_row : rows.stop * per_row] for name, value in params.items()}
-        part_oI = weight_OI[rows]
-        nearest_oI = spec.format.nearest(part_oI.reshape(-1, columns.group_size), params).view_as(part_oI)
-        error_oI = columns.in_order(part_oI - nearest_oI)
-        loss -= damping * _squared_norm(error_oI)
-        for panel_IJ in panels:
-            loss += _squared_norm(product(error_oI[:, : len(panel_IJ)], panel_IJ.T))
-            if loss >= bound:
-                return False
+    if _clearly_loses_more(columns, damping, bound):
+        return False
+    loss = 0.0
+    for error_oI in columns.errors_of_nearest():
+        loss += _squared_norm(product(error_oI, columns.factor_II.T)) - damping * _squared_norm(error_oI)
+        if loss >= bound:
+            return False
     return True
+
+
+def _clearly_loses_more(columns: _Columns, damping: float, bound: float) -> bool:
+    """Whether the output error of rounding to nearest is larger than a bound by far more than its estimate is unsure.
+
+    For e = w - q and standard normal v, E (e U v)^2 = |e U|^2, so that each v gives an estimate for all rows; their
+    spread says how unsure the mean is. Rows only add to the error: mostly some of them are enough.
+    """
+    v_IP = torch.randn(len(columns.factor_II), _PROBES, generator=torch.Generator().manual_seed(0))
+    directions_PI = product(v_IP.to(columns.factor_II).T.contiguous(), columns.factor_II)
+    loss_P = torch.zeros(_PROBES, dtype=torch.float64, device=directions_PI.device)
+    for error_oI in columns.errors_of_nearest():
+        loss_P += product(error_oI, directions_PI).double().square().sum(0) - damping * _squared_norm(error_oI)
+        if float(loss_P.mean() - _CLEARLY * loss_P.std() / _PROBES**0.5) >= bound:
+            return True
+    return False
 
 
 def _squared_norm(x_RI: Tensor) -> float:
