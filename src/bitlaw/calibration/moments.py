@@ -8,7 +8,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
-from bitlaw.linear import product
+from bitlaw.linear import product, transposed
 
 _BUFFER_ROWS = 1024
 """Rows multiplied at a time. The sums, in float64, are read and written once for so many."""
@@ -121,7 +121,7 @@ class Moments:
             for part_RI in rows_RI.split(_SUMMED_ROWS):
                 self._sum += part_RI.square().sum(0, dtype=torch.float64)
             return
-        rows_IR = rows_RI.T.contiguous()  # all at once: much faster than one call's rows after the other
+        rows_IR = transposed(rows_RI)  # all at once: much faster than one call's rows after the other
         for begin in range(0, self.num_inputs, _BLOCK):
             block_JR = rows_IR[begin : begin + _BLOCK]
             # Not `+=`, by which Python would also assign the sum to its own place: a copy of it.
