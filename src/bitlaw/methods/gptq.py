@@ -349,9 +349,12 @@ def _nearest_loses_less(columns: _Columns, damping: float) -> bool:
     bound = float((weighted_I.square() - damping * columns.error_I.double().square()).sum())
     if _clearly_loses_more(columns, damping, bound):
         return False
-    loss = 0.0
+    loss, factor_II, num_inputs = 0.0, columns.factor_II, len(columns.factor_II)
+    blocks = [slice(begin, min(begin + _FACTOR_BLOCK, num_inputs)) for begin in range(0, num_inputs, _FACTOR_BLOCK)]
+    panels = [factor_II[: block.stop, block].contiguous() for block in blocks]  # without the zeros below
     for error_oI in columns.errors_of_nearest():
-        loss += _squared_norm(product(error_oI, columns.factor_II.T)) - damping * _squared_norm(error_oI)
+        loss += sum(_squared_norm(product(error_oI[:, : len(panel_IJ)], panel_IJ.T)) for panel_IJ in panels)
+        loss -= damping * _squared_norm(error_oI)
         if loss >= bound:
             return False
     return True
@@ -363,8 +366,8 @@ def _clearly_loses_more(columns: _Columns, damping: float, bound: float) -> bool
     For e = w - q and standard normal v, E (e U v)^2 = |e U|^2, so that each v gives an estimate for all rows; their
     spread says how unsure the mean is. Rows only add to the error: mostly some of them are enough.
     """
-    v_IP = torch.randn(len(columns.factor_II), _PROBES, generator=torch.Generator().manual_seed(0))
-    directions_PI = product(v_IP.to(columns.factor_II).T.contiguous(), columns.factor_II)
+    v_PI = torch.randn(_PROBES, len(columns.factor_II), generator=torch.Generator().manual_seed(0))
+    directions_PI = product(v_PI.to(columns.factor_II), columns.factor_II)
     loss_P = torch.zeros(_PROBES, dtype=torch.float64, device=directions_PI.device)
     for error_oI in columns.errors_of_nearest():
         loss_P += product(error_oI, directions_PI).double().square().sum(0) - damping * _squared_norm(error_oI)
